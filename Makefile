@@ -1,0 +1,40 @@
+# make demo      train LSKA-VAN under Mask R-CNN on the embedded microscopy image
+# make test      pass the tests
+# make lint      what CI checks before the tests
+# make setup     only the virtual environment that these need
+#
+# STACK=onedl (default) or openmmlab     which release line of OpenMMLab
+# VENV=folder                            where the environment lies
+# PYTHON=python3.11                      what it is made from
+
+STACK ?= onedl
+ifeq ($(STACK),onedl)
+VENV ?= .venv
+else
+VENV ?= .venv-$(STACK)
+endif
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready-$(STACK)
+
+.PHONY: demo test lint setup
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(READY): requirements/$(STACK).txt requirements/tests.txt requirements/install.sh setup.py
+	@bash requirements/install.sh $(STACK) $(VENV)
+	@touch $@
+
+requirements/$(STACK).txt:
+	@echo "setup: unknown STACK=$(STACK); use one of: onedl openmmlab" >&2; exit 1
+
+demo: $(READY)
+	@PATH="$(BIN):$$PATH" bash demo/run.sh
+
+test: $(READY)
+	@PATH="$(BIN):$$PATH" python -m pytest
+
+lint: $(READY)
+	@PATH="$(BIN):$$PATH" ruff check .
+	@PATH="$(BIN):$$PATH" ruff format --check .
+	@PATH="$(BIN):$$PATH" mypy

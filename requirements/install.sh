@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Create the virtual environment that `make demo` and `make test` run in.
+#
+#   bash requirements/install.sh STACK VENV
+#
+# STACK names a file of pins beside this script: onedl or openmmlab. mmcv is a
+# source package: compiling its ops takes about 15 minutes on two cores, once;
+# pip caches the wheel. It must see the environment's torch while it builds
+# (--no-build-isolation), otherwise it installs without its ops and says nothing.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+stack=$1
+venv=$2
+pins=$here/$stack.txt
+python=${PYTHON:-python3.11}
+
+stop() { echo "setup: $*" >&2; exit 1; }
+
+[ -f "$pins" ] || stop "unknown STACK=$stack; use one of: onedl openmmlab"
+command -v "$python" >/dev/null ||
+    stop "$python not found; install Python 3.11 or name it: make PYTHON=/path/to/python3.11 ..."
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+[ "$version" = 3.11 ] ||
+    stop "the pinned stack is for Python 3.11, $python is $version; name another: make PYTHON=/path/to/python3.11 ..."
+"$python" -c 'import ensurepip' 2>/dev/null ||
+    stop "$python cannot make virtual environments; apt-get install python3.11-venv"
+"$python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    stop "Python.h is missing, mmcv cannot compile; apt-get install python3.11-dev"
+command -v g++ >/dev/null || stop "g++ is missing, mmcv cannot compile; apt-get install g++"
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+echo "setup: $stack stack into $venv"
+grep -E '^(torch|torchvision|setuptools|numpy)[=<>]' "$pins" >"$venv/first.txt"
+pip install --quiet --requirement "$venv/first.txt" wheel ninja psutil packaging
+
+mmcv=$(grep -E '^(onedl-)?mmcv==' "$pins")
+log=$venv/mmcv-build.log
+echo "setup: $mmcv, compiled from source the first time (about 15 minutes; log: $log)"
+# Of the log only the compiler's progress is shown, "[12/78]".
+MMCV_WITH_OPS=1 pip install --verbose --no-build-isolation \
+    --constraint "$pins" "$mmcv" > >(tee "$log" |
+        grep --line-buffered -oE '^ *\[[0-9]+/[0-9]+\]' |
+        sed --unbuffered 's/^ */setup: mmcv /') 2>&1 ||
+    stop "mmcv did not install; the reason is at the end of $log"
+
+pip install --quiet --requirement "$pins" --requirement "$here/tests.txt"
+pip install --quiet --no-build-isolation --no-deps --editable "$here/.."
+
+"$venv/bin/python" -c 'import cv2' ||
+    stop "OpenCV does not load; apt-get install libgl1 libglib2.0-0"
+"$venv/bin/python" -c 'from mmcv.ops import nms' ||
+    stop "mmcv came without its compiled ops, perhaps from pip's cache; run '$venv/bin/pip cache remove \"*mmcv*\"', delete $venv, and try again"
+echo "setup: done"
