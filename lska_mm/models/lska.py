@@ -1,0 +1,139 @@
+"""Large Separable Kernel Attention: a big kernel out of small convolutions.
+
+From `Large Separable Kernel Attention: Rethinking the Large Kernel Attention
+Design in CNN <https://arxiv.org/abs/2309.01439>`_ (Lau, Po and Rehman, 2023),
+which splits the 2-D depth-wise kernels of VAN's attention (arXiv:2202.09741)
+into 1-D ones. Module names follow the weights that the authors published.
+"""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+from mmengine.model import Sequential
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
+
+
+class KernelSplit(NamedTuple):
+    """Two depth-wise kernels that together see ``kernel_size`` pixels.
+
+    ``local`` is the length of the first, ``far`` the length of the second,
+    whose taps lie ``dilation`` pixels apart.
+    """
+
+    local: int
+    far: int
+    dilation: int
+
+    @property
+    def kernel_size(self) -> int:
+        """Pixels from the first to the last that the two kernels see."""
+        return self.local + self.dilation * (self.far - 1)
+
+
+def _split(kernel_size: int) -> KernelSplit:
+    dilation = 2 if kernel_size <= 11 else 3
+    return KernelSplit(2 * dilation - 1, kernel_size // dilation, dilation)
+
+
+def _is_valid(kernel_size: int) -> bool:
+    split = _split(kernel_size)
+    return split.far % 2 == 1 and split.kernel_size == kernel_size
+
+
+def split_kernel(kernel_size: int) -> KernelSplit:
+    """Split a kernel into a local and a far part.
+
+    The split is exact: ``split_kernel(k).kernel_size == k``, and both parts are
+    odd, so that they can be centred.
+
+    Raises:
+        ValueError: If no such split exists; names the nearest sizes with one.
+    """
+    if not isinstance(kernel_size, int):
+        raise ValueError(f'kernel_size={kernel_size!r} is not an integer.')
+    if kernel_size < 1 or not _is_valid(kernel_size):
+        valid = [k for k in range(1, max(kernel_size, 1) + 7) if _is_valid(k)]
+        nearest = [k for k in valid if k < kernel_size][-1:]
+        nearest += [k for k in valid if k > kernel_size][:1]
+        raise ValueError(
+            f'kernel_size={kernel_size} cannot be split into two centred kernels; the nearest '
+            f'valid sizes are {" and ".join(map(str, nearest))} (published: 7, 11, 23, 35, 53).'
+        )
+    return _split(kernel_size)
+
+
+def kernel_layout(attention: str, kernel_size: int) -> dict[str, tuple[tuple[int, int], int]]:
+    """The depth-wise convolutions of a gate, in the order they are applied.
+
+    Returns:
+        Module name to ((height, width), dilation).
+
+    Raises:
+        ValueError: On an unknown ``attention`` or an invalid ``kernel_size``.
+    """
+    k = kernel_size
+    local, far, dilation = split_kernel(k)
+    layouts = {
+        'LSKA': dict(
+            conv0h=((1, local), 1),
+            conv0v=((local, 1), 1),
+            conv_spatial_h=((1, far), dilation),
+            conv_spatial_v=((far, 1), dilation),
+        ),
+        'LKA': dict(conv0=((local, local), 1), conv_spatial=((far, far), dilation)),
+        'LSKA-trivial': dict(conv0h=((1, k), 1), conv0v=((k, 1), 1)),
+        'LKA-trivial': dict(conv0=((k, k), 1)),
+    }
+    if attention not in layouts:
+        raise ValueError(f'attention={attention!r} is unknown; valid: {", ".join(ATTENTIONS)}.')
+    return layouts[attention]
+
+
+def depthwise_conv(channels: int, kernel: tuple[int, int], dilation: int = 1) -> nn.Conv2d:
+    """A depth-wise convolution that keeps height and width; odd kernels."""
+    height, width = kernel
+    padding = (dilation * (height - 1) // 2, dilation * (width - 1) // 2)
+    return nn.Conv2d(
+        channels, channels, kernel, padding=padding, dilation=dilation, groups=channels
+    )
+
+
+@MODELS.register_module()
+class LSKA(Sequential):
+    """Large-kernel gate: each pixel scaled by what its neighbourhood holds.
+
+    ``x * conv1(depthwise(x))``, where the depth-wise convolutions of
+    `kernel_layout` together see ``kernel_size`` x ``kernel_size`` pixels.
+
+    Args:
+        channels: Channels of the input and of the output.
+        kernel_size: Side of the receptive field, in pixels.
+        attention: ``'LSKA'``, 1-D convolutions in two steps (the paper's);
+            ``'LKA'``, VAN's 2-D ones in two steps; ``'LSKA-trivial'`` and
+            ``'LKA-trivial'``, the same in one step without dilation.
+        init_cfg: Initialisation, in MMEngine's form.
+
+    Raises:
+        ValueError: See `kernel_layout`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 23,
+        attention: str = 'LSKA',
+        init_cfg: dict | list | None = None,
+    ):
+        layout = kernel_layout(attention, kernel_size)
+        convs = OrderedDict(
+            (name, depthwise_conv(channels, *conv)) for name, conv in layout.items()
+        )
+        convs['conv1'] = nn.Conv2d(channels, channels, 1)
+        super().__init__(convs, init_cfg=init_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
+        return x * super().forward(x)

@@ -1,0 +1,290 @@
+"""LSKA-VAN: the Visual Attention Network with large separable kernels.
+
+Network from `Visual Attention Network <https://arxiv.org/abs/2202.09741>`_ (Guo
+et al., 2022), attention from arXiv:2309.01439 (see `lska`). Module names
+follow the ImageNet weights that the authors of the latter published; arguments
+follow OpenMMLab's backbones.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule, ModuleList
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoint import adapt_state_dict
+from .lska import LSKA, depthwise_conv
+
+ARCHS = dict(
+    tiny=dict(embed_dims=[32, 64, 160, 256], depths=[3, 3, 5, 2], ffn_ratios=[8, 8, 4, 4]),
+    small=dict(embed_dims=[64, 128, 320, 512], depths=[2, 2, 4, 2], ffn_ratios=[8, 8, 4, 4]),
+    base=dict(embed_dims=[64, 128, 320, 512], depths=[3, 3, 12, 3], ffn_ratios=[8, 8, 4, 4]),
+    large=dict(embed_dims=[64, 128, 320, 512], depths=[3, 5, 27, 3], ffn_ratios=[8, 8, 4, 4]),
+)  # yapf: disable
+
+
+class Attention(BaseModule):
+    """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same."""
+
+    def __init__(self, channels: int, kernel_size: int, attention: str):
+        super().__init__()
+        self.proj_1 = nn.Conv2d(channels, channels, 1)
+        self.activation = nn.GELU()
+        self.spatial_gating_unit = LSKA(channels, kernel_size, attention)
+        self.proj_2 = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = self.spatial_gating_unit(self.activation(self.proj_1(x)))
+        return self.proj_2(gated) + x
+
+
+class MLP(BaseModule):
+    """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back."""
+
+    def __init__(self, channels: int, ratio: float, drop_rate: float):
+        super().__init__()
+        hidden = int(channels * ratio)
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.dwconv = depthwise_conv(hidden, (3, 3))
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.act(self.dwconv(self.fc1(x))))  # (B, ratio * C, H, W)
+        return self.drop(self.fc2(x))  # (B, C, H, W)
+
+
+class Block(BaseModule):
+    """Attention, then MLP; each normalised, scaled and added to its input."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        attention: str,
+        ratio: float,
+        drop_rate: float,
+        drop_path_rate: float,
+        norm_cfg: dict,
+        with_cp: bool,
+    ):
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm1 = build_norm_layer(norm_cfg, channels)[1]
+        self.attn = Attention(channels, kernel_size, attention)
+        self.norm2 = build_norm_layer(norm_cfg, channels)[1]
+        self.mlp = MLP(channels, ratio, drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+        self.layer_scale_1 = nn.Parameter(torch.full((channels,), 1e-2))
+        self.layer_scale_2 = nn.Parameter(torch.full((channels,), 1e-2))
+
+    def _run(self, branch: nn.Module, x: Tensor) -> Tensor:
+        # The norms stay outside: recomputed, they would count a batch twice.
+        if self.with_cp and torch.is_grad_enabled() and self.training:
+            return checkpoint(branch, x, use_reentrant=False)
+        return branch(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale_1 = self.layer_scale_1[:, None, None]
+        scale_2 = self.layer_scale_2[:, None, None]
+        x = x + self.drop_path(scale_1 * self._run(self.attn, self.norm1(x)))
+        return x + self.drop_path(scale_2 * self._run(self.mlp, self.norm2(x)))
+
+
+class PatchEmbed(BaseModule):
+    """Overlapping patches: (B, C_in, H, W) to (B, C, H / stride, W / stride)."""
+
+    def __init__(
+        self, in_channels: int, channels: int, patch_size: int, stride: int, norm_cfg: dict
+    ):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, patch_size, stride, patch_size // 2)
+        self.norm = build_norm_layer(norm_cfg, channels)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+def _channels_last_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm`` over the channels of (B, C, H, W), wherever it wants them."""
+    if type(norm) is not nn.LayerNorm:
+        return norm(x)
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+@MODELS.register_module()
+class LSKAVAN(BaseModule):
+    """LSKA-VAN backbone.
+
+    Weights in any published layout load without conversion; weights of another
+    network, size or kernel are refused (see `lska_mm.checkpoint`).
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict of the
+            lists ``embed_dims``, ``depths``, ``ffn_ratios``, a value a stage.
+        kernel_size: Side of the attention's receptive field, in pixels:
+            7, 11, 23, 35 and 53 were published, see `split_kernel` for others.
+        attention: The kind of gate, see `LSKA`.
+        in_channels: Channels of the image.
+        drop_rate: Dropout probability inside the MLPs.
+        drop_path_rate: Probability of skipping a branch in the last block; it
+            rises linearly from 0 in the first.
+        out_indices: Stages whose maps are returned, negative from the end.
+            Stages after the last one asked for are not built.
+        frozen_stages: Stages 0 up to this one neither train nor update their
+            statistics; -1 freezes none.
+        norm_eval: Keep BatchNorm's statistics fixed in training.
+        with_cp: Recompute the branches in the backward pass to save memory.
+        norm_cfg: Norms of patch embeddings and blocks.
+        stage_norm_cfg: Norm at the end of each stage.
+        init_cfg: Initialisation, in MMEngine's form. Without it convolutions
+            start from a normal distribution of variance 2 / fan-out.
+
+    Raises:
+        ValueError: On an argument out of range; says what is valid.
+        CheckpointError: On loading weights that are not this backbone's.
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        kernel_size: int = 23,
+        attention: str = 'LSKA',
+        in_channels: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_indices: Sequence[int] = (3,),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        norm_cfg: dict = dict(type='BN'),
+        stage_norm_cfg: dict = dict(type='LN', eps=1e-6),
+        init_cfg: dict | list | None = None,
+    ):
+        super().__init__(init_cfg=init_cfg)
+        self.arch = _parse_arch(arch)
+        self.attention = attention
+        self.kernel_size = kernel_size
+        self.out_indices = _parse_out_indices(out_indices, len(self.arch['depths']))
+        self.num_stages = max(self.out_indices) + 1
+        if not -1 <= frozen_stages < self.num_stages:
+            raise ValueError(
+                f'frozen_stages={frozen_stages} is out of range; the backbone '
+                f'has stages 0 to {self.num_stages - 1}, -1 freezes none.'
+            )
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        depths = self.arch['depths']
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        for i in range(self.num_stages):
+            channels = self.arch['embed_dims'][i]
+            patch_size, stride = (7, 4) if i == 0 else (3, 2)
+            patch_embed = PatchEmbed(in_channels, channels, patch_size, stride, norm_cfg)
+            blocks = ModuleList(
+                Block(
+                    channels,
+                    kernel_size,
+                    attention,
+                    self.arch['ffn_ratios'][i],
+                    drop_rate,
+                    drop_path_rates[sum(depths[:i]) + j],
+                    norm_cfg,
+                    with_cp,
+                )
+                for j in range(depths[i])
+            )
+            self.add_module(f'patch_embed{i + 1}', patch_embed)
+            self.add_module(f'block{i + 1}', blocks)
+            self.add_module(f'norm{i + 1}', build_norm_layer(stage_norm_cfg, channels)[1])
+            in_channels = channels
+        self._freeze_stages()
+
+    def _stage(self, index: int) -> tuple[nn.Module, ModuleList, nn.Module]:
+        names = ('patch_embed', 'block', 'norm')
+        return tuple(getattr(self, f'{name}{index + 1}') for name in names)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps of the stages in ``out_indices``, in that order.
+
+        Args:
+            x: Images (B, in_channels, H, W).
+
+        Returns:
+            (B, embed_dims[i], H / 2^(i + 2), W / 2^(i + 2)) for stage i, sizes
+            rounded up.
+        """
+        outs = []
+        for i in range(self.num_stages):
+            patch_embed, blocks, norm = self._stage(i)
+            x = patch_embed(x)
+            for block in blocks:
+                x = block(x)
+            x = _channels_last_norm(norm, x)
+            outs.append(x)
+        return tuple(outs[i] for i in self.out_indices)
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says, without one as the paper does."""
+        if not self.init_cfg and not self.is_init:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    # Fan-out of one group, in weights: height * width * outputs.
+                    fan_out = math.prod(module.kernel_size) * module.out_channels
+                    nn.init.normal_(module.weight, 0, math.sqrt(2 * module.groups / fan_out))
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        super().init_weights()
+
+    def _freeze_stages(self) -> None:
+        for i in range(self.frozen_stages + 1):
+            for module in self._stage(i):
+                module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'LSKAVAN':
+        """Switch between training and evaluation; what is frozen stays so."""
+        super().train(mode)
+        self._freeze_stages()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        adapt_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _parse_arch(arch: str | dict) -> dict:
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(
+                f'arch={arch!r} is unknown; valid: {", ".join(ARCHS)}, '
+                'or a dict of embed_dims, depths and ffn_ratios.'
+            )
+        return ARCHS[arch]
+    keys = list(ARCHS['tiny'])
+    if set(arch) != set(keys):
+        raise ValueError(f'arch needs the keys {keys}, got {sorted(arch)}.')
+    if len({len(arch[key]) for key in keys}) != 1 or not arch['depths']:
+        lengths = ', '.join(f'{key}: {len(arch[key])}' for key in keys)
+        raise ValueError(f'arch needs lists of equal length, a value a stage; got {lengths}.')
+    return dict(arch)
+
+
+def _parse_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    valid = range(-num_stages, num_stages)
+    if not out_indices or any(i not in valid for i in out_indices):
+        raise ValueError(
+            f'out_indices={tuple(out_indices)} is out of range; the '
+            f'{num_stages} stages are 0 to {num_stages - 1}.'
+        )
+    return tuple(i % num_stages for i in out_indices)

@@ -1,0 +1,91 @@
+"""Weights and data that the tests share.
+
+The reference folder holds what the published implementation computes: see
+`reference/build_state.py`. Nothing here needs a network.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lska_mm  # noqa: F401  (registers the backbone)
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'tests/reference'))
+from build_state import build_image, build_state  # noqa: E402
+
+REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')
+
+
+def published_state(arch='tiny', kernel_size=23):
+    """Tensors under the names of the published ImageNet files."""
+    state = build_state(arch, kernel_size)
+    return {name: torch.as_tensor(value) for name, value in state.items()}
+
+
+def reference_image(side=96):
+    return torch.as_tensor(build_image(2, side))
+
+
+@pytest.fixture(scope='session')
+def published_file(tmp_path_factory):
+    """A file as the authors publish it: tiny, k=23, with a Namespace beside."""
+    path = tmp_path_factory.mktemp('published') / 'lska-van-tiny_k23_in1k.pth'
+    args = argparse.Namespace(model='van_tiny', lr=1e-3)
+    torch.save(dict(state_dict=published_state(), args=args, epoch=299), path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def run():
+    """Run a command in the repository as a user would; returns its result."""
+
+    def _run(*command, code=0, cwd=ROOT, **env):
+        # Two threads: the tests own the machine, but no more than that.
+        environ = {**os.environ, 'OMP_NUM_THREADS': '2', **env}
+        environ['PATH'] = f'{Path(sys.executable).parent}:{environ["PATH"]}'
+        result = subprocess.run(
+            [str(word) for word in command],
+            cwd=cwd,
+            env=environ,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        assert result.returncode == code, result.stdout[-5000:]
+        return result.stdout
+
+    return _run
+
+
+@pytest.fixture(scope='session')
+def nuclei(run, tmp_path_factory):
+    """The embedded data, converted."""
+    out = tmp_path_factory.mktemp('nuclei')
+    run('python', 'tools/dataset_converters/nuclei.py', '--out', out)
+    return out
+
+
+@pytest.fixture(scope='session')
+def coco(nuclei, tmp_path_factory):
+    """The embedded data under COCO's file names, every nucleus a person."""
+    from mmdet.datasets import CocoDataset
+
+    classes = CocoDataset.METAINFO['classes']  # the first is 'person'
+    root = tmp_path_factory.mktemp('coco')
+    (root / 'annotations').mkdir()
+    for split in ('train', 'val'):
+        shutil.copytree(nuclei / f'coco/{split}', root / f'{split}2017')
+        annotations = json.loads((nuclei / f'coco/annotations/{split}.json').read_text())
+        annotations['categories'] = [dict(id=i, name=name) for i, name in enumerate(classes, 1)]
+        (root / f'annotations/instances_{split}2017.json').write_text(json.dumps(annotations))
+    return root
