@@ -1,0 +1,111 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share: arguments to a Runner."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dist import get_backend, is_distributed
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that training and testing have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints; '
+        'work_dirs/CONFIG_NAME if neither this nor the config names one',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        help='override settings of the config: key=value, key="[a,b]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help='set by launchers'
+    )
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the arguments of `base_parser` to it."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    return cfg
+
+
+def check_data(cfg: Config, *splits: str) -> None:
+    """Look for the data before anything is built.
+
+    Args:
+        cfg: A config of any of the three toolboxes.
+        splits: Which dataloaders will be used: ``'train'``, ``'val'``, ``'test'``.
+
+    Raises:
+        FileNotFoundError: If a local file or folder is missing; names it and
+            the keys of the config that it comes from.
+    """
+    for split in splits:
+        key = f'{split}_dataloader.dataset'
+        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
+        while 'dataset' in dataset:  # RepeatDataset and the like
+            key, dataset = f'{key}.dataset', dataset['dataset']
+        root = dataset.get('data_root') or ''
+        parts = {'ann_file': dataset.get('ann_file')}
+        prefix = dataset.get('data_prefix') or {}
+        parts.update(
+            {f'data_prefix.{name}': value for name, value in prefix.items()}
+            if isinstance(prefix, dict)
+            else {'data_prefix': prefix}
+        )
+        for name, value in {'data_root': '', **parts}.items():
+            path = os.path.join(root, value or '')
+            if path and '://' not in path and not os.path.exists(path):
+                keys = (
+                    f'{key}.{name}' if name == 'data_root' else f'{key}.data_root and {key}.{name}'
+                )
+                raise FileNotFoundError(
+                    f'No data at {path}. The path comes from {keys}; put the data there, or '
+                    f'change the config (or --cfg-options {key}.data_root=...).'
+                )
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner; several processes without a GPU talk through gloo."""
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available() and not is_distributed():
+        # MMEngine would set a CUDA device and hand its number to DDP.
+        torch.distributed.init_process_group('gloo')
+        cfg.setdefault(
+            'model_wrapper_cfg',
+            dict(
+                type='MMDistributedDataParallel',
+                device_ids=None,
+                broadcast_buffers=False,
+                find_unused_parameters=cfg.get('find_unused_parameters', False),
+            ),
+        )
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if runner.distributed:
+        runner.logger.info(
+            f'Distributed: world size {runner.world_size}, '
+            f'rank {runner.rank}, backend {get_backend()}'
+        )
+    return runner

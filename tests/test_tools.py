@@ -1,0 +1,440 @@
+"""The tools as a user runs them: real processes, real data, the real Runner."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import stat
+from pathlib import Path
+
+import mmcv
+import mmdet
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from pycocotools.coco import COCO
+
+from conftest import ROOT
+from lska_mm.checkpoint import describe
+
+DEMO = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py'
+RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
+MIM = Path(mmdet.__file__).parent / '.mim/tools'
+TOOLS = ('train.py', 'test.py', 'convert_checkpoint.py', 'dataset_converters/nuclei.py')
+
+
+def shrink(nuclei, *more):
+    """Options that leave of the demo one iteration an epoch and one epoch."""
+    root = f'{nuclei}/coco/'
+    options = [
+        'train_dataloader.dataset.times=2',
+        'train_dataloader.batch_size=2',
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
+        'default_hooks.checkpoint.interval=1',
+        'default_hooks.logger.interval=1',
+    ]
+    options += [f'{split}_dataloader.dataset.data_root={root}' for split in ('val', 'test')]
+    options += [f'train_dataloader.dataset.dataset.data_root={root}']
+    options += [
+        f'{split}_evaluator.ann_file={root}annotations/val.json' for split in ('val', 'test')
+    ]
+    return ['--cfg-options', *options, *more]
+
+
+def coco_options(root):
+    """Options that make a COCO config read its data from ``root``, in this process."""
+    options = [
+        f'{split}_dataloader.{key}'
+        for split in ('train', 'val', 'test')
+        for key in (f'dataset.data_root={root}/', 'num_workers=0', 'persistent_workers=False')
+    ]
+    ann_file = f'{root}/annotations/instances_val2017.json'
+    options += [f'{split}_evaluator.ann_file={ann_file}' for split in ('val', 'test')]
+    return ['--cfg-options', *options]
+
+
+# --- The demo, from beginning to end -------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def demo(run, tmp_path_factory):
+    """`demo/run.sh` with a shorter schedule; the folder and what it printed."""
+    out = tmp_path_factory.mktemp('demo')
+    printed = run(
+        'bash',
+        'demo/run.sh',
+        '--cfg-options',
+        'train_dataloader.dataset.times=32',
+        'train_cfg.max_epochs=3',
+        'default_hooks.logger.interval=1',
+        WORK_DIR=str(out),
+    )
+    return out, printed
+
+
+def test_demo_ends_with_its_aps_and_pictures(demo):
+    out, printed = demo
+    *_, bbox, segm, prediction, curve = printed.strip().splitlines()
+    assert re.fullmatch(r'bbox  AP (0\.\d{3})  AP50 (0\.\d{3})', bbox)
+    assert float(re.fullmatch(r'segm  AP (0\.\d{3})  AP50 (0\.\d{3})', segm)[2]) > 0.3
+    for line, name in ((prediction, 'prediction.png'), (curve, 'training_curve.png')):
+        path = Path(line.split(': ')[1])
+        assert path == out / name
+        height, width = mmcv.imread(str(path)).shape[:2]
+        assert min(height, width) > 400
+
+
+def test_demo_inherits_the_coco_config():
+    text = (ROOT / DEMO).read_text()
+    assert text.startswith(
+        "_base_ = '../configs/detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'"
+    )
+
+
+def test_resume_goes_on_where_it_stopped(demo, run, nuclei, tmp_path):
+    shutil.copytree(demo[0], tmp_path, dirs_exist_ok=True)
+    printed = run(
+        'python',
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        *shrink(
+            nuclei,
+            'train_cfg.max_epochs=4',
+            'train_dataloader.dataset.times=4',
+            'train_dataloader.batch_size=4',
+        ),
+    )
+    assert 'resumed epoch: 3' in printed
+    assert 'Epoch(train) [4][1/1]' in printed
+    assert 'Epoch(train) [3]' not in printed
+
+
+def test_test_dumps_and_draws(demo, run, tmp_path):
+    out, printed = demo
+    checkpoint = out / 'epoch_3.pth'
+    again = run(
+        'python',
+        'tools/test.py',
+        DEMO,
+        checkpoint,
+        '--work-dir',
+        tmp_path,
+        '--out',
+        tmp_path / 'predictions.pkl',
+        '--show-dir',
+        tmp_path / 'shown',
+    )
+    aps = [re.findall(r'coco/segm_mAP: (\S+)', text)[-1] for text in (printed, again)]
+    assert aps[0] == aps[1]
+    (prediction,) = pickle.loads((tmp_path / 'predictions.pkl').read_bytes())
+    assert len(prediction['pred_instances']['masks']) == len(
+        prediction['pred_instances']['scores']
+    )
+    (picture,) = (tmp_path / 'shown').rglob('*.png')
+    assert mmcv.imread(str(picture)) is not None
+
+
+def test_tta_without_settings_is_an_error(demo, run):
+    out, _ = demo
+    printed = run('python', 'tools/test.py', DEMO, out / 'epoch_3.pth', '--tta', code=1)
+    assert 'tta_model and tta_pipeline' in printed
+
+
+def test_tta(run, coco, tmp_path):
+    """Flipped and scaled, a RetinaNet of random weights."""
+    from mmdet.apis import init_detector
+
+    cfg = Config.fromfile(ROOT / RETINANET)
+    cfg.model.backbone.init_cfg = None
+    detector = init_detector(cfg, palette='random', device='cpu')
+    torch.save(dict(state_dict=detector.state_dict()), tmp_path / 'random.pth')
+    scales = [
+        f'tta_pipeline.1.transforms.0.{i}.scale=({side},{side})'
+        for i, side in enumerate((256, 128, 64))
+    ]
+    printed = run(
+        'python',
+        'tools/test.py',
+        RETINANET,
+        tmp_path / 'random.pth',
+        '--tta',
+        '--work-dir',
+        tmp_path,
+        *coco_options(coco),
+        *scales,
+    )
+    assert 'coco/bbox_mAP' in printed
+
+
+# --- Several processes ---------------------------------------------------------
+
+
+def test_dist_train_and_dist_test_with_two_processes(run, nuclei, tmp_path):
+    printed = run(
+        'bash',
+        'tools/dist_train.sh',
+        DEMO,
+        2,
+        '--work-dir',
+        tmp_path,
+        *shrink(nuclei, 'train_dataloader.dataset.times=4'),
+        PORT='29611',
+        OMP_NUM_THREADS='1',
+    )
+    assert 'Distributed: world size 2, rank 0, backend gloo' in printed
+    assert 'Epoch(train) [1][1/1]' in printed
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'world size 2' in log
+    printed = run(
+        'bash',
+        'tools/dist_test.sh',
+        DEMO,
+        tmp_path / 'epoch_1.pth',
+        2,
+        '--work-dir',
+        tmp_path / 'test',
+        *shrink(nuclei),
+        PORT='29612',
+        OMP_NUM_THREADS='1',
+    )
+    assert 'Distributed: world size 2' in printed
+    assert 'coco/segm_mAP' in printed
+
+
+@pytest.mark.parametrize(
+    ('script', 'words'),
+    [('dist_train.sh', 2), ('dist_test.sh', 3), ('slurm_train.sh', 4), ('slurm_test.sh', 4)],
+)
+def test_scripts_say_how_they_are_used(run, script, words):
+    printed = run('bash', f'tools/{script}', *'x' * (words - 1), code=2)
+    assert printed.startswith(f'usage: bash tools/{script} ')
+
+
+@pytest.mark.parametrize(
+    ('script', 'end'),
+    [
+        ('slurm_train.sh', 'tools/train.py|a.py|--work-dir|b c|--launcher|slurm|--amp|'),
+        ('slurm_test.sh', 'tools/test.py|a.py|b c|--launcher|slurm|--amp|'),
+    ],
+)
+def test_slurm_command_line(run, tmp_path, script, end):
+    """There is no cluster here: this checks what `srun` would be given."""
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
+    printed = run(
+        'env',
+        f'PATH={tmp_path}:{os.environ["PATH"]}',
+        'bash',
+        f'tools/{script}',
+        'gpu',
+        'job',
+        'a.py',
+        'b c',
+        '--amp',
+        GPUS='16',
+        SRUN_ARGS='--quiet --mem=8G',
+    )
+    assert printed.startswith(
+        '--partition=gpu|--job-name=job|--gres=gpu:8|--ntasks=16|--ntasks-per-node=8|'
+    )
+    assert '|--quiet|--mem=8G|python|-u|' in printed
+    assert printed.endswith(end)
+
+
+# --- mmdet's own tools ---------------------------------------------------------
+
+
+def test_mmdet_own_train_and_test(run, nuclei, tmp_path):
+    options = shrink(nuclei)
+    printed = run('python', MIM / 'train.py', DEMO, '--work-dir', tmp_path, *options)
+    assert 'coco/segm_mAP' in printed
+    printed = run(
+        'python',
+        MIM / 'test.py',
+        DEMO,
+        tmp_path / 'epoch_1.pth',
+        '--work-dir',
+        tmp_path / 'test',
+        *options,
+    )
+    assert 'coco/segm_mAP' in printed
+
+
+# --- Checkpoints ---------------------------------------------------------------
+
+
+def test_convert_checkpoint(run, published_file, tmp_path):
+    printed = run('python', 'tools/convert_checkpoint.py', published_file, tmp_path / 'tiny.pth')
+    assert 'arch tiny, attention LSKA, kernel size 23, ' in printed
+    path = Path(printed.strip().splitlines()[-1].removeprefix('written to '))
+    assert re.fullmatch(r'tiny-[0-9a-f]{8}\.pth', path.name)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    content = torch.load(path, weights_only=True)
+    assert describe(content['state_dict'])['kernel_size'] == 23
+    assert f'{len(content["state_dict"])} tensors' in printed
+    source = torch.load(published_file, weights_only=False)['state_dict']
+    for ours, theirs in zip(content['state_dict'].values(), source.values()):
+        assert torch.equal(ours, theirs)
+    assert content['state_dict'].keys() >= {'head.fc.weight', 'backbone.norm4.bias'}
+    again = run('python', 'tools/convert_checkpoint.py', path, tmp_path / 'again.pth')
+    assert path.stem.split('-')[-1] in again  # idempotent, to the byte
+
+
+@pytest.mark.parametrize('content', [{}, dict(state_dict={'conv1.weight': torch.zeros(1)})])
+def test_convert_checkpoint_refuses_others(run, tmp_path, content):
+    torch.save(content, tmp_path / 'other.pth')
+    printed = run(
+        'python',
+        'tools/convert_checkpoint.py',
+        tmp_path / 'other.pth',
+        tmp_path / 'out/tiny.pth',
+        code=1,
+    )
+    assert 'holds no LSKA-VAN' in printed
+    assert 'Traceback' not in printed
+    assert not (tmp_path / 'out').exists()
+
+
+# --- Data ----------------------------------------------------------------------
+
+
+def test_nuclei_as_coco(nuclei):
+    """The masks of both parts, put together, are the label map again."""
+    labels = mmcv.imread(str(ROOT / 'demo/nuclei/labels.png'), flag='unchanged')
+    image = mmcv.imread(str(ROOT / 'demo/nuclei/image.png'), flag='unchanged')
+    for split, part in (('train', np.s_[:, :352]), ('val', np.s_[:, 352:])):
+        coco = COCO(str(nuclei / f'coco/annotations/{split}.json'))
+        assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == ['nucleus']
+        (info,) = coco.loadImgs(coco.getImgIds())
+        stored = mmcv.imread(str(nuclei / f'coco/{split}/{info["file_name"]}'), flag='unchanged')
+        assert np.array_equal(stored, image[part])
+        union = np.zeros_like(labels[part], dtype=bool)
+        for annotation in coco.loadAnns(coco.getAnnIds()):
+            mask = coco.annToMask(annotation).astype(bool)
+            values = np.unique(labels[part][mask])
+            assert len(values) == 1
+            assert not (union & mask).any()
+            assert annotation['area'] == mask.sum() == (labels[part] == values[0]).sum()
+            x, y, w, h = map(int, annotation['bbox'])
+            assert mask[y : y + h, x : x + w].sum() == mask.sum()
+            union |= mask
+        assert union.sum() >= 0.999 * (labels[part] > 0).sum()  # less slivers at the border
+
+
+def test_nuclei_as_ade20k(nuclei):
+    labels = mmcv.imread(str(ROOT / 'demo/nuclei/labels.png'), flag='unchanged')
+    for split, part in (('training', np.s_[:, :352]), ('validation', np.s_[:, 352:])):
+        semantic = mmcv.imread(
+            str(nuclei / f'ade/annotations/{split}/nuclei.png'), flag='unchanged'
+        )
+        assert np.array_equal(semantic, np.where(labels[part] > 0, 2, 1))
+        shape = mmcv.imread(str(nuclei / f'ade/images/{split}/nuclei.png')).shape[:2]
+        assert shape == semantic.shape
+
+
+def test_nuclei_from_a_folder_without_images(run, tmp_path):
+    printed = run('python', 'tools/dataset_converters/nuclei.py', tmp_path, code=1)
+    assert f'No image.png in {tmp_path}' in printed
+
+
+def test_nuclei_of_unequal_sizes(run, tmp_path):
+    mmcv.imwrite(np.zeros((8, 8), np.uint8), str(tmp_path / 'image.png'))
+    mmcv.imwrite(np.zeros((8, 9), np.uint8), str(tmp_path / 'labels.png'))
+    printed = run('python', 'tools/dataset_converters/nuclei.py', tmp_path, code=1)
+    assert 'image.png is (8, 8), labels.png (8, 9)' in printed
+
+
+# --- What goes wrong -----------------------------------------------------------
+
+
+@pytest.mark.parametrize('tool', TOOLS)
+def test_wrong_arguments_exit_with_2(run, tool):
+    assert 'usage:' in run('python', f'tools/{tool}', '--no-such-argument', code=2)
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_missing_config_exits_with_1(run, tool):
+    words = ['nowhere.py', 'x.pth'][: 1 if tool == 'train.py' else 2]
+    assert 'nowhere.py' in run('python', f'tools/{tool}', *words, code=1)
+
+
+def test_missing_data_folder_names_path_and_key(run):
+    printed = run(
+        'python',
+        'tools/train.py',
+        DEMO,
+        '--cfg-options',
+        'train_dataloader.dataset.dataset.data_root=nowhere/',
+        code=1,
+    )
+    assert 'No data at nowhere/' in printed
+    assert 'train_dataloader.dataset.dataset.data_root' in printed
+
+
+def test_missing_annotation_file_names_path_and_key(run, nuclei, tmp_path):
+    printed = run(
+        'python',
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        tmp_path,
+        *shrink(nuclei, 'val_dataloader.dataset.ann_file=annotations/none.json'),
+        code=1,
+    )
+    assert f'No data at {nuclei}/coco/annotations/none.json' in printed
+    assert 'val_dataloader.dataset.ann_file' in printed
+
+
+def test_missing_weights_stop_training(run, coco, tmp_path):
+    printed = run(
+        'python',
+        'tools/train.py',
+        RETINANET,
+        '--work-dir',
+        tmp_path,
+        *coco_options(coco),
+        LSKA_PRETRAINED='nowhere',
+        code=1,
+    )
+    assert 'No checkpoint at nowhere/lska-van-tiny_k23_in1k.pth' in printed
+    assert 'model.backbone.init_cfg.checkpoint' in printed
+
+
+def test_wrong_kernel_size_stops_training(run, coco, published_file, tmp_path):
+    printed = run(
+        'python',
+        'tools/train.py',
+        RETINANET,
+        '--work-dir',
+        tmp_path,
+        *coco_options(coco),
+        'model.backbone.kernel_size=35',
+        LSKA_PRETRAINED=str(published_file.parent),
+        code=1,
+    )
+    assert 'kernel_size=23' in printed
+    assert 'kernel_size=35' in printed
+    assert 'Nothing was loaded' in printed
+    assert not list(tmp_path.glob('*.pth'))
+
+
+def test_auto_scale_lr(run, nuclei, tmp_path):
+    printed = run(
+        'python',
+        'tools/train.py',
+        DEMO,
+        '--work-dir',
+        tmp_path,
+        '--auto-scale-lr',
+        *shrink(nuclei),
+    )
+    assert 'LR is set based on batch size of 16 and the current batch size is 2' in printed
+    record = json.loads(next(tmp_path.glob('*/vis_data/scalars.json')).read_text().splitlines()[0])
+    assert 0 < record['lr'] < 5e-4 / 8

@@ -1,0 +1,112 @@
+"""Write the embedded microscopy image as COCO and as ADE20K-style data sets.
+
+    python tools/dataset_converters/nuclei.py [SRC] [--out data/nuclei]
+
+writes, from the image and label map in SRC (demo/nuclei),
+
+    OUT/coco/annotations/{train,val}.json      OUT/coco/{train,val}/*.png
+    OUT/ade/annotations/{training,validation}  OUT/ade/images/{training,validation}
+
+Columns before VAL_COLUMN are for training, the others for validation: no
+pixel is in both. A nucleus on the border is cut, a piece in each set.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import mmcv
+import numpy as np
+from pycocotools import mask as coco_mask
+
+VAL_COLUMN = 352
+MIN_AREA = 10  # pixels; less of a nucleus on the border is no object
+ADE_SPLITS = dict(train='training', val='validation')
+# ADE20K counts classes from 1 and keeps 0 for what is not labelled.
+ADE_BACKGROUND, ADE_NUCLEUS = 1, 2
+
+
+def coco_annotations(labels: np.ndarray, image_id: int) -> list[dict]:
+    """One COCO annotation for each value but 0 of a label map (H, W)."""
+    annotations = []
+    for value in np.unique(labels[labels > 0]):
+        mask = labels == value
+        if mask.sum() < MIN_AREA:
+            continue
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        annotations.append(
+            dict(
+                id=len(annotations) + 1,
+                image_id=image_id,
+                category_id=1,
+                iscrowd=0,
+                area=int(mask.sum()),
+                bbox=coco_mask.toBbox(rle).tolist(),
+                segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+            )
+        )
+    return annotations
+
+
+def convert(source: Path, out: Path) -> None:
+    """Write both data sets into ``out`` from ``source``/{image,labels}.png.
+
+    Raises:
+        FileNotFoundError: If one of the two files is missing.
+        ValueError: If they differ in size, or a part holds no nucleus.
+    """
+    arrays = {}
+    for name in ('image.png', 'labels.png'):
+        if not (source / name).is_file():
+            raise FileNotFoundError(f'No {name} in {source}.')
+        arrays[name] = mmcv.imread(str(source / name), flag='unchanged')
+    image, labels = arrays['image.png'], arrays['labels.png']
+    if image.shape[:2] != labels.shape:
+        raise ValueError(
+            f'{source}: image.png is {image.shape[:2]}, labels.png {labels.shape}; '
+            'expected a label map of the size of the image.'
+        )
+
+    columns = dict(train=slice(None, VAL_COLUMN), val=slice(VAL_COLUMN, None))
+    for image_id, (split, part) in enumerate(columns.items(), start=1):
+        tile, tile_labels = image[:, part], labels[:, part]
+        annotations = coco_annotations(tile_labels, image_id)
+        if not annotations:
+            raise ValueError(f'{source}: the columns for {split} hold no nucleus.')
+        height, width = tile.shape[:2]
+        mmcv.imwrite(tile, str(out / f'coco/{split}/nuclei.png'))
+        data = dict(
+            images=[dict(id=image_id, file_name='nuclei.png', height=height, width=width)],
+            categories=[dict(id=1, name='nucleus')],
+            annotations=annotations,
+        )
+        ann_file = out / f'coco/annotations/{split}.json'
+        ann_file.parent.mkdir(parents=True, exist_ok=True)
+        ann_file.write_text(json.dumps(data))
+
+        semantic = np.where(tile_labels > 0, ADE_NUCLEUS, ADE_BACKGROUND).astype(np.uint8)
+        mmcv.imwrite(tile, str(out / f'ade/images/{ADE_SPLITS[split]}/nuclei.png'))
+        mmcv.imwrite(semantic, str(out / f'ade/annotations/{ADE_SPLITS[split]}/nuclei.png'))
+        print(f'{split}: {width} x {height} pixels, {len(annotations)} nuclei')
+    print(f'written to {out}')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Convert the embedded nuclei image')
+    embedded = Path(__file__).parents[2] / 'demo/nuclei'
+    parser.add_argument(
+        'src', nargs='?', type=Path, default=embedded, help='folder with image.png and labels.png'
+    )
+    parser.add_argument('--out', type=Path, default=Path('data/nuclei'), help='output folder')
+    args = parser.parse_args()
+    try:
+        convert(args.src, args.out)
+    except (OSError, ValueError) as error:
+        print(f'nuclei.py: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Train a detector, segmentor or classifier.
+
+    python tools/train.py CONFIG [--work-dir DIR] [--resume [CKPT]] [--amp]
+    bash tools/dist_train.sh CONFIG GPUS ...
+
+The config's `default_scope` says which toolbox it is for.
+"""
+
+from lska_mm.launch import base_parser, build_runner, check_data, load_config
+
+
+def parse_args():
+    parser = base_parser('Train a model')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CKPT',
+        help='continue from CKPT, or from the latest checkpoint in the work dir',
+    )
+    parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate to the real batch size',
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = load_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise KeyError(
+                f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}.'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    check_data(cfg, 'train', 'val')
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
