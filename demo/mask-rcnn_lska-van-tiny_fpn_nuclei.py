@@ -68,8 +68,8 @@ model = dict(
     ),
 )
 
-# Schedule: 9 epochs of 28 iterations.
-train_cfg = dict(max_epochs=9, val_interval=3)
+# Schedule: 12 epochs of 28 iterations.
+train_cfg = dict(max_epochs=12, val_interval=3)
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=28),
@@ -77,7 +77,7 @@ param_scheduler = [
         type='CosineAnnealingLR',
         by_epoch=True,
         begin=1,
-        end=9,
+        end=12,
         eta_min=5e-6,
         convert_to_iter_based=True,
     ),

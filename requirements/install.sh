@@ -39,7 +39,7 @@ pip install --quiet --requirement "$venv/first.txt" wheel ninja psutil packaging
 
 mmcv=$(grep -E '^(onedl-)?mmcv==' "$pins")
 log=$venv/mmcv-build.log
-echo "setup: $mmcv, compiled from source the first time (about 15 minutes; log: $log)"
+echo "setup: $mmcv (the first time compiled from source, about 15 minutes; log: $log)"
 # Of the log only the compiler's progress is shown, "[12/78]".
 MMCV_WITH_OPS=1 pip install --verbose --no-build-isolation \
     --constraint "$pins" "$mmcv" > >(tee "$log" |
