@@ -6,15 +6,16 @@ metainfo = dict(classes=('nucleus',), palette=[(255, 170, 0)])
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='RandomCrop', crop_size=(160, 160), recompute_bbox=True),
+    dict(type='RandomResize', scale=(528, 768), ratio_range=(0.75, 1.33), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(192, 192), recompute_bbox=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(2, 2)),  # slivers at the crop's edge
-    dict(type='Resize', scale_factor=1.2),
     dict(type='RandomFlip', prob=[0.25] * 3, direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='PhotoMetricDistortion'),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale_factor=1.2),
+    dict(type='Resize', scale_factor=1.5),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
@@ -68,8 +69,8 @@ model = dict(
     ),
 )
 
-# Schedule: 12 epochs of 28 iterations.
-train_cfg = dict(max_epochs=12, val_interval=3)
+# Schedule: 10 epochs of 28 iterations.
+train_cfg = dict(max_epochs=10, val_interval=2)
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=28),
@@ -77,10 +78,10 @@ param_scheduler = [
         type='CosineAnnealingLR',
         by_epoch=True,
         begin=1,
-        end=12,
+        end=10,
         eta_min=5e-6,
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(logger=dict(interval=7), checkpoint=dict(interval=3, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=7), checkpoint=dict(interval=2, max_keep_ckpts=1))
 randomness = dict(seed=0)

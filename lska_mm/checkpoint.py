@@ -243,21 +243,43 @@ class _Unpickler(pickle.Unpickler):
 
     allowed = {
         *(f'collections.{name}' for name in ('OrderedDict', 'defaultdict', 'deque', 'Counter')),
-        *(f'builtins.{name}' for name in ('set', 'frozenset', 'slice', 'complex', 'bytearray',
-                                          'int', 'float', 'str', 'list', 'dict', 'tuple')),
+        *(
+            f'builtins.{name}'
+            for name in (
+                'set',
+                'frozenset',
+                'slice',
+                'complex',
+                'bytearray',
+                'int',
+                'float',
+                'str',
+                'list',
+                'dict',
+                'tuple',
+            )
+        ),
         '_codecs.encode',
         'argparse.Namespace',
         'mmengine.logging.history_buffer.HistoryBuffer',
-        *(f'torch._utils.{name}' for name in ('_rebuild_tensor', '_rebuild_tensor_v2',
-                                              '_rebuild_parameter')),
+        *(
+            f'torch._utils.{name}'
+            for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter')
+        ),
         *('torch.Size', 'torch.device', 'torch.nn.parameter.Parameter'),
-        *(f'torch.{name}' for name, value in vars(torch).items()
-          if isinstance(value, torch.dtype) or name.endswith('Storage')),
+        *(
+            f'torch.{name}'
+            for name, value in vars(torch).items()
+            if isinstance(value, torch.dtype) or name.endswith('Storage')
+        ),
         *('torch.storage.UntypedStorage', 'torch.storage.TypedStorage'),
         *(f'numpy.{name}' for name in ('ndarray', 'dtype')),
-        *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core')
-          for name in ('_reconstruct', 'scalar')),
-    }  # yapf: disable
+        *(
+            f'numpy.{core}.multiarray.{name}'
+            for core in ('core', '_core')
+            for name in ('_reconstruct', 'scalar')
+        ),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         module = {'__builtin__': 'builtins'}.get(module, module)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.dist import get_backend, is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -90,7 +91,7 @@ def check_data(cfg: Config, *splits: str) -> None:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the Runner; several processes without a GPU talk through gloo."""
-    if cfg.launcher == 'pytorch' and not torch.cuda.is_available() and not is_distributed():
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu' and not is_distributed():
         # MMEngine would set a CUDA device and hand its number to DDP.
         torch.distributed.init_process_group('gloo')
         cfg.setdefault(

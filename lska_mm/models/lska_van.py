@@ -26,7 +26,7 @@ ARCHS = dict(
     small=dict(embed_dims=[64, 128, 320, 512], depths=[2, 2, 4, 2], ffn_ratios=[8, 8, 4, 4]),
     base=dict(embed_dims=[64, 128, 320, 512], depths=[3, 3, 12, 3], ffn_ratios=[8, 8, 4, 4]),
     large=dict(embed_dims=[64, 128, 320, 512], depths=[3, 5, 27, 3], ffn_ratios=[8, 8, 4, 4]),
-)  # yapf: disable
+)
 
 
 class Attention(BaseModule):
@@ -112,7 +112,7 @@ class PatchEmbed(BaseModule):
         return self.norm(self.proj(x))
 
 
-def _channels_last_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm`` over the channels of (B, C, H, W), wherever it wants them."""
     if type(norm) is not nn.LayerNorm:
         return norm(x)
@@ -227,7 +227,7 @@ class LSKAVAN(BaseModule):
             x = patch_embed(x)
             for block in blocks:
                 x = block(x)
-            x = _channels_last_norm(norm, x)
+            x = _norm_channels(norm, x)
             outs.append(x)
         return tuple(outs[i] for i in self.out_indices)
 
