@@ -1,6 +1,7 @@
 """What ``tools/train.py`` and ``tools/test.py`` share: arguments to a Runner."""
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.dist import get_backend, is_distributed
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -103,6 +105,12 @@ def build_runner(cfg: Config) -> Runner:
                 find_unused_parameters=cfg.get('find_unused_parameters', False),
             ),
         )
+        if cfg.pop('sync_bn', None):
+            print_log(
+                'SyncBN needs GPUs: each process normalises its own batch.',
+                logger='current',
+                level=logging.WARNING,
+            )
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if runner.distributed:
         runner.logger.info(

@@ -5,38 +5,62 @@ import re
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 
 from conftest import ROOT
 from lska_mm.models.lska_van import ARCHS
 
-CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py'))
-NAME = re.compile(
-    r'(?P<model>mask-rcnn|retinanet)_lska-van-(?P<arch>\w+?)(-k(?P<k>\d+))?_fpn_1x_coco'
+CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
+RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
+BACKBONE = r'lska-van-(?P<arch>tiny|small|base)(-k(?P<k>\d+))?'
+NAMES = dict(
+    classification=rf'{BACKBONE}_(?P<gpus>\d)xb(?P<batch>\d+)_in1k',
+    detection=rf'(?P<head>mask-rcnn|retinanet)_{BACKBONE}_fpn_1x_coco',
+    segmentation=rf'{BACKBONE}_(?P<head>fpn|upernet)_(?P<gpus>\d)xb(?P<batch>\d)-(?P<k_iters>\d+)k'
+    r'_ade20k-512x512',
 )
-DETECTORS = {'mask-rcnn': 'MaskRCNN', 'retinanet': 'RetinaNet'}
+COUNTS = dict(classification=15, detection=6, segmentation=6)
 WIDTHS = dict(tiny=[32, 64, 160, 256], small=[64, 128, 320, 512], base=[64, 128, 320, 512])
 
 
-def test_there_are_as_many_configs_as_promised():
-    assert len(CONFIGS) == 6
+def configs(task):
+    paths = [path for path in CONFIGS if path.parent.name == task]
+    return pytest.mark.parametrize('path', paths, ids=lambda path: path.stem)
+
+
+@pytest.mark.parametrize('task', COUNTS)
+def test_there_are_as_many_configs_as_promised(task):
+    assert len([path for path in CONFIGS if path.parent.name == task]) == COUNTS[task]
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_name_agrees_with_content(path, monkeypatch):
+def test_backbone_agrees_with_name(path, monkeypatch):
     monkeypatch.delenv('LSKA_PRETRAINED', raising=False)
-    name = NAME.fullmatch(path.stem)
+    name = re.fullmatch(NAMES[path.parent.name], path.stem)
     assert name, f'{path.stem} does not follow the naming scheme'
     cfg = Config.fromfile(path)
     backbone, arch, k = cfg.model.backbone, name['arch'], int(name['k'] or 23)
     assert cfg.custom_imports == dict(imports=['lska_mm'], allow_failed_imports=False)
-    assert cfg.model.type == DETECTORS[name['model']]
     assert (backbone.type, backbone.arch, backbone.kernel_size) == ('LSKAVAN', arch, k)
-    assert backbone.init_cfg == dict(
-        type='Pretrained', checkpoint=f'pretrained/lska-van-{arch}_k{k}_in1k.pth'
-    )
     assert backbone.drop_path_rate == 0.1
-    assert cfg.model.neck.in_channels == ARCHS[arch]['embed_dims'] == WIDTHS[arch]
+    assert ARCHS[arch]['embed_dims'] == WIDTHS[arch]
+    if path.parent.name != 'classification':
+        weights = f'pretrained/lska-van-{arch}_k{k}_in1k.pth'
+        assert backbone.init_cfg == dict(type='Pretrained', checkpoint=weights)
+        assert backbone.out_indices == (0, 1, 2, 3)
+    if 'gpus' in name.groupdict():
+        assert cfg.train_dataloader.batch_size == int(name['batch'])
+        assert cfg.auto_scale_lr.base_batch_size == int(name['gpus']) * int(name['batch'])
+
+
+@configs('detection')
+def test_detection_recipe(path):
+    cfg = Config.fromfile(path)
+    name = re.fullmatch(NAMES['detection'], path.stem)
+    heads = {'mask-rcnn': 'MaskRCNN', 'retinanet': 'RetinaNet'}
+    assert cfg.model.type == heads[name['head']]
+    assert cfg.model.neck.in_channels == WIDTHS[name['arch']]
     # 1x on COCO: 12 epochs, 8 GPUs with 2 images each.
     assert cfg.train_cfg.max_epochs == 12
     assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
@@ -47,40 +71,125 @@ def test_name_agrees_with_content(path, monkeypatch):
     warm_up, steps = cfg.param_scheduler
     assert (warm_up.type, warm_up.by_epoch, warm_up.end) == ('LinearLR', False, 1000)
     assert (steps.type, steps.milestones) == ('MultiStepLR', [8, 11])
-    if name['model'] == 'retinanet':
+    if name['head'] == 'retinanet':
         assert (cfg.model.neck.start_level, cfg.model.neck.num_outs) == (1, 5)
+
+
+@configs('segmentation')
+def test_segmentation_recipe(path):
+    cfg = Config.fromfile(path)
+    name = re.fullmatch(NAMES['segmentation'], path.stem)
+    widths, iters = WIDTHS[name['arch']], int(name['k_iters']) * 1000
+    assert cfg.sync_bn == 'torch'
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == iters
+    assert cfg.param_scheduler[-1].type == 'PolyLR'
+    assert cfg.train_dataloader.dataset.type == 'ADE20KDataset'
+    assert cfg.model.decode_head.num_classes == 150
+    assert cfg.model.data_preprocessor.size == (512, 512)
+    optimizer = cfg.optim_wrapper.optimizer
+    rates = (optimizer.lr, optimizer.weight_decay, cfg.param_scheduler[-1].power)
+    if name['head'] == 'fpn':
+        assert (cfg.model.decode_head.type, cfg.model.neck.in_channels) == ('FPNHead', widths)
+        assert rates == (1e-4, 1e-4, 0.9)
+        assert len(cfg.param_scheduler) == 1
+    else:
+        assert (cfg.model.decode_head.type, cfg.model.decode_head.in_channels) == (
+            'UPerHead',
+            widths,
+        )
+        assert cfg.model.auxiliary_head.in_channels == widths[2]
+        assert cfg.model.auxiliary_head.loss_decode.loss_weight == 0.4
+        assert rates == (6e-5, 0.01, 1)
+        assert cfg.optim_wrapper.paramwise_cfg.norm_decay_mult == 0
+        warm_up = cfg.param_scheduler[0]
+        assert (warm_up.type, warm_up.end, warm_up.start_factor) == ('LinearLR', 1500, 1e-6)
+
+
+@configs('classification')
+def test_classification_recipe(path):
+    cfg = Config.fromfile(path)
+    arch = re.fullmatch(NAMES['classification'], path.stem)['arch']
+    assert cfg.model.head.in_channels == WIDTHS[arch][-1]
+    assert (cfg.train_cfg.max_epochs, cfg.param_scheduler[1].end) == (300, 300)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.05)
+    assert optimizer.lr * cfg.param_scheduler[0].start_factor == pytest.approx(1e-6)
+    assert cfg.param_scheduler[1].eta_min == 1e-6
+    assert cfg.data_preprocessor.mean == cfg.data_preprocessor.std == [127.5] * 3
+    _, resize, crop, _ = cfg.test_dataloader.dataset.pipeline
+    assert (resize.scale, resize.edge, crop.crop_size) == (248, 'short', 224)
+    mixup, cutmix = cfg.model.train_cfg.augments
+    assert (mixup.alpha, cutmix.alpha) == (0.8, 1.0)
+    assert cfg.model.head.loss.label_smooth_val == 0.1
+
+
+def test_ema_is_one_more_base(tmp_path):
+    folder = ROOT / 'configs/classification'
+    bases = [str(folder / 'lska-van-tiny_4xb128_in1k.py'), str(folder / '_base_/ema.py')]
+    (tmp_path / 'ema.py').write_text(f'_base_ = {bases}')
+    (hook,) = Config.fromfile(tmp_path / 'ema.py').custom_hooks
+    assert (hook.type, hook.momentum) == ('EMAHook', 1e-4)
 
 
 def test_folder_of_the_weights_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv('LSKA_PRETRAINED', '/my/weights')
-    cfg = Config.fromfile(CONFIGS[0])
-    assert cfg.model.backbone.init_cfg.checkpoint.startswith('/my/weights/lska-van-')
+    checkpoint = Config.fromfile(RETINANET).model.backbone.init_cfg.checkpoint
+    assert checkpoint.startswith('/my/weights/lska-van-')
 
 
 def test_missing_weights_are_an_error():
-    from mmdet.registry import MODELS
-
-    cfg = Config.fromfile(ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py')
+    cfg = Config.fromfile(RETINANET)
     init_default_scope('mmdet')
     cfg.model.backbone.init_cfg.checkpoint = 'nowhere/lska-van-tiny_k23_in1k.pth'
     with pytest.raises(FileNotFoundError, match=r'nowhere/lska-van-tiny_k23_in1k\.pth'):
         MODELS.build(cfg.model).init_weights()
 
 
+def detection_data():
+    from mmdet.testing import demo_mm_inputs
+
+    return demo_mm_inputs(2, image_shapes=[(3, 96, 128), (3, 64, 96)], with_mask=True)
+
+
+def segmentation_data():
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    samples = [
+        SegDataSample(
+            gt_sem_seg=PixelData(data=torch.randint(150, (1, 64, 96))),
+            metainfo=dict(img_shape=(64, 96)),
+        )
+        for _ in range(2)
+    ]
+    inputs = [torch.randint(256, (3, 64, 96), dtype=torch.uint8) for _ in samples]
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def classification_data():
+    from mmpretrain.structures import DataSample
+
+    inputs = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    return dict(inputs=inputs, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
+
+
+DATA = dict(mmdet=detection_data, mmseg=segmentation_data, mmpretrain=classification_data)
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_trains_one_step(path):
-    from mmdet.registry import MODELS
-    from mmdet.testing import demo_mm_inputs
-    from mmengine.optim import build_optim_wrapper
-
-    init_default_scope('mmdet')
     torch.manual_seed(0)
     cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (64, 96)
     model = MODELS.build(cfg.model).train()
     model.init_weights()
     before = model.backbone.patch_embed1.proj.weight.clone()
-    data = demo_mm_inputs(2, image_shapes=[(3, 96, 128), (3, 64, 96)], with_mask=True)
-    losses = model.train_step(data, build_optim_wrapper(model, cfg.optim_wrapper))
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    losses = model.train_step(DATA[cfg.default_scope](), optim_wrapper)
     assert losses['loss'].isfinite()
     assert not torch.equal(model.backbone.patch_embed1.proj.weight, before)

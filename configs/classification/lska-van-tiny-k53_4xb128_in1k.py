@@ -1,0 +1,3 @@
+_base_ = './lska-van-tiny_4xb128_in1k.py'
+
+model = dict(backbone=dict(kernel_size=53))

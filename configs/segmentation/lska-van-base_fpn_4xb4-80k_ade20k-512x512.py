@@ -1,0 +1,9 @@
+_base_ = './lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py'
+
+model = dict(
+    backbone=dict(
+        arch='base',
+        init_cfg=dict(checkpoint='{{$LSKA_PRETRAINED:pretrained}}/lska-van-base_k23_in1k.pth'),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
