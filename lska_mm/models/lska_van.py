@@ -7,6 +7,7 @@ follow OpenMMLab's backbones.
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -257,6 +258,33 @@ class LSKAVAN(BaseModule):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Which layer a parameter is of, for layer-wise learning-rate decay.
+
+        Called by mmpretrain's ``LearningRateDecayOptimWrapperConstructor``. The
+        first patch embedding is layer 0, each block one more; later patch
+        embeddings and the stage norms go with the block before them.
+
+        Args:
+            param_name: Name of the parameter in the whole model.
+            prefix: What stands in front of the backbone's names there.
+
+        Returns:
+            The layer, and the number of layers; the last is all that follows
+            the backbone.
+        """
+        depths = self.arch['depths'][: self.num_stages]
+        num_layers = sum(depths) + 2
+        match = re.fullmatch(
+            r'(patch_embed|block|norm)(\d+)\.(?:(\d+)\.)?.+', param_name.removeprefix(prefix)
+        )
+        if not param_name.startswith(prefix) or match is None:
+            return num_layers - 1, num_layers
+        kind, stage, block = match[1], int(match[2]), match[3]
+        if kind == 'block':
+            return sum(depths[: stage - 1]) + int(block) + 1, num_layers
+        return sum(depths[: stage - 1] if kind == 'patch_embed' else depths[:stage]), num_layers
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         adapt_state_dict(self, state_dict, prefix)
