@@ -1,4 +1,5 @@
-# make demo      train LSKA-VAN under Mask R-CNN on the embedded microscopy image
+# make demo      train LSKA-VAN under Mask R-CNN on the embedded microscopy image;
+#                TASK=segmentation or classification for the other two tasks
 # make test      pass the tests
 # make lint      what CI checks before the tests
 # make setup     only the virtual environment that these need
@@ -8,6 +9,7 @@
 # PYTHON=python3.11                      what it is made from
 
 STACK ?= onedl
+TASK ?= detection
 ifeq ($(STACK),onedl)
 VENV ?= .venv
 else
@@ -29,7 +31,7 @@ requirements/$(STACK).txt:
 	@echo "setup: unknown STACK=$(STACK); use one of: onedl openmmlab" >&2; exit 1
 
 demo: $(READY)
-	@PATH="$(BIN):$$PATH" bash demo/run.sh
+	@PATH="$(BIN):$$PATH" TASK=$(TASK) bash demo/run.sh
 
 test: $(READY)
 	@PATH="$(BIN):$$PATH" python -m pytest

@@ -77,9 +77,11 @@ def demo(run, tmp_path_factory):
 
 def test_demo_ends_with_its_aps_and_pictures(demo):
     out, printed = demo
-    *_, bbox, segm, prediction, curve = printed.strip().splitlines()
-    assert re.fullmatch(r'bbox  AP (0\.\d{3})  AP50 (0\.\d{3})', bbox)
-    assert float(re.fullmatch(r'segm  AP (0\.\d{3})  AP50 (0\.\d{3})', segm)[2]) > 0.3
+    *_, bbox, bbox_50, segm, segm_50, prediction, curve = printed.strip().splitlines()
+    lines = (bbox, bbox_50, segm, segm_50)
+    for line, name in zip(lines, ('bbox AP', 'bbox AP50', 'segm AP', 'segm AP50')):
+        assert re.fullmatch(rf'{name}: 0\.\d{{3}}', line)
+    assert float(segm_50.split()[-1]) > 0.3
     for line, name in ((prediction, 'prediction.png'), (curve, 'training_curve.png')):
         path = Path(line.split(': ')[1])
         assert path == out / name
