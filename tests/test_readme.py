@@ -31,16 +31,15 @@ CHECKPOINT = 'work_dirs/mask-rcnn_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
 # Command in README: what is added to it here, and what it must print. `make`
 # only shows what it would do; the tests of demo/run.sh do it.
 COMMANDS = {
-    'make demo': (['-n'], 'bash demo/run.sh'),
+    'make demo': (['-n'], 'TASK=detection bash demo/run.sh'),
+    'make demo TASK=segmentation': (['-n'], 'TASK=segmentation bash demo/run.sh'),
+    'make demo TASK=classification': (['-n'], 'TASK=classification bash demo/run.sh'),
+    'python -m pydoc lska_mm.LSKAVAN': ([], 'drop_path_rate: Probability'),
     'make test': (['-n'], 'python -m pytest'),
     'pip install -e .': (['--dry-run', '--no-build-isolation'], 'Would install lska'),
     f'python tools/train.py {MASK_RCNN}': (MASK_SHORT, 'Epoch(val) [12][1/1]'),
     f'bash tools/dist_train.sh {RETINANET} 2': (SHORT, 'world size 2'),
-    f'python tools/test.py {MASK_RCNN} '
-    'work_dirs/mask-rcnn_lska-van-tiny_fpn_1x_coco/epoch_12.pth': (
-        TEST_SHORT,
-        'Epoch(test) [1/1]',
-    ),
+    f'python tools/test.py {MASK_RCNN} {CHECKPOINT}': (TEST_SHORT, 'Epoch(test) [1/1]'),
     'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth': (
         [],
         'arch tiny, attention LSKA, kernel size 23',

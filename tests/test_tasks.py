@@ -1,0 +1,229 @@
+"""Classification and segmentation, end to end and through the stock tools."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import mmcv
+import mmpretrain
+import mmseg
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
+
+from conftest import REFERENCE, ROOT, reference_image
+
+DIGITS = 'demo/lska-van-tiny_digits.py'
+NUCLEI = 'demo/lska-van-tiny_fpn_nuclei.py'
+
+
+@pytest.fixture(scope='module')
+def classifier(run, tmp_path_factory):
+    """The demo of classification with a shorter schedule."""
+    out = tmp_path_factory.mktemp('classification')
+    printed = run(
+        'bash', 'demo/run.sh', '--cfg-options', 'train_cfg.max_epochs=2',
+        'param_scheduler.1.end=2', TASK='classification', WORK_DIR=str(out),
+    )  # fmt: skip
+    return out, printed
+
+
+@pytest.fixture(scope='module')
+def segmentor(run, tmp_path_factory):
+    """The demo of segmentation with a shorter schedule."""
+    out = tmp_path_factory.mktemp('segmentation')
+    printed = run(
+        'bash', 'demo/run.sh', '--cfg-options', 'train_cfg.max_iters=20',
+        'train_cfg.val_interval=10', 'default_hooks.checkpoint.interval=20',
+        'param_scheduler.0.end=20', TASK='segmentation', WORK_DIR=str(out),
+    )  # fmt: skip
+    return out, printed
+
+
+@pytest.mark.parametrize(
+    ('demo', 'metric', 'floor'),
+    [('classifier', 'top-1 accuracy', 50), ('segmentor', 'mIoU', 50)],
+)
+def test_demo_ends_with_its_metric_and_pictures(demo, metric, floor, request):
+    out, printed = request.getfixturevalue(demo)
+    assert float(re.search(rf'^{metric}: ([\d.]+)$', printed, re.MULTILINE)[1]) > floor
+    for name in ('prediction.png', 'training_curve.png'):
+        assert f': {out / name}' in printed
+        assert min(mmcv.imread(str(out / name)).shape[:2]) > 400
+
+
+def test_unknown_task(run):
+    printed = run('bash', 'demo/run.sh', code=2, TASK='tracking')
+    assert 'one of: detection segmentation classification' in printed
+
+
+# --- One checkpoint, three tasks -------------------------------------------------
+
+
+def test_classifier_starts_the_other_two_by_its_path(classifier):
+    checkpoint = str(next(classifier[0].glob('*.pth')))
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
+    for config in (
+        'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py',
+        'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py',
+    ):
+        cfg = Config.fromfile(ROOT / config)
+        init_default_scope(cfg.default_scope)
+        cfg.model.backbone.init_cfg.checkpoint = checkpoint
+        model = build(cfg)
+        model.init_weights()
+        for name, value in model.backbone.state_dict().items():
+            assert torch.equal(value, state[f'backbone.{name}'])
+
+
+def build(cfg):
+    from mmengine.registry import MODELS
+
+    return MODELS.build(cfg.model)
+
+
+def test_published_classifier_gives_the_published_logits(published_file):
+    """Head and backbone, without conversion, through MMEngine's loader."""
+    cfg = Config.fromfile(ROOT / 'configs/classification/lska-van-tiny_4xb128_in1k.py')
+    init_default_scope('mmpretrain')
+    model = build(cfg)
+    load_checkpoint(model, str(published_file), strict=True)
+    model.eval()
+    with torch.no_grad():
+        logits = model.head(model.extract_feat(reference_image()))
+    expected = torch.as_tensor(REFERENCE['tiny-k23-96/logits'])
+    assert (logits - expected).abs().max() <= 1e-5
+
+
+def test_layer_wise_learning_rate_decay():
+    """Through mmpretrain's constructor; rates counted by hand for tiny."""
+    from mmengine.optim import build_optim_wrapper
+
+    cfg = Config.fromfile(ROOT / 'configs/classification/lska-van-tiny_4xb128_in1k.py')
+    init_default_scope('mmpretrain')
+    cfg.optim_wrapper.update(
+        constructor='LearningRateDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate=0.5),
+    )
+    groups = build_optim_wrapper(build(cfg), cfg.optim_wrapper).optimizer.param_groups
+    layers = {group['param_name']: group['layer_id'] for group in groups}
+    assert set(layers.values()) == set(range(15))  # stem, 3 + 3 + 5 + 2 blocks, head
+    expected = {
+        'patch_embed1.proj.weight': 0, 'block1.0.norm1.bias': 1, 'block1.2.mlp.fc1.weight': 3,
+        'norm1.weight': 3, 'patch_embed2.proj.weight': 3, 'block2.0.attn.proj_1.weight': 4,
+        'block3.4.layer_scale_1': 11, 'block4.1.mlp.fc2.bias': 13, 'norm4.bias': 13,
+    }  # fmt: skip
+    assert (
+        expected.items()
+        <= {name.removeprefix('backbone.'): layer for name, layer in layers.items()}.items()
+    )
+    assert layers['head.fc.weight'] == 14
+    for group in groups:
+        assert group['lr'] == pytest.approx(1e-3 * 0.5 ** (14 - group['layer_id']))
+
+
+# --- The toolboxes' own tools -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('toolbox', 'config', 'options', 'expected'),
+    [
+        (mmpretrain, DIGITS, ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=128'],
+         'accuracy/top1'),
+        (mmseg, NUCLEI, ['train_cfg.max_iters=2', 'train_cfg.val_interval=2',
+                         'default_hooks.checkpoint.interval=2'], 'mIoU'),
+    ],
+    ids=['mmpretrain', 'mmseg'],
+)  # fmt: skip
+def test_own_train_and_test(toolbox, config, options, expected, classifier, segmentor, run,
+                            tmp_path):  # fmt: skip
+    tools = Path(toolbox.__file__).parent / '.mim/tools'
+    printed = run('python', tools / 'train.py', config, '--work-dir', tmp_path,
+                  '--cfg-options', *options)  # fmt: skip
+    assert expected in printed
+    checkpoint = (tmp_path / 'last_checkpoint').read_text()
+    printed = run('python', tools / 'test.py', config, checkpoint, '--work-dir', tmp_path)
+    assert expected in printed
+
+
+# --- Robustness ------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def corrupted(classifier, tmp_path_factory):
+    """Two kinds of ImageNet-C over twenty digits, made of noise and of contrast."""
+    root = tmp_path_factory.mktemp('imagenet-c')
+    rng = np.random.default_rng(0)
+    corrupt = dict(
+        gaussian_noise=lambda image, severity: image + rng.normal(0, 40 * severity, image.shape),
+        contrast=lambda image, severity: 128 + (image - 128.0) / (1 + severity),
+    )
+    for file in sorted((ROOT / 'data/digits/val').glob('*/*04.png')):
+        image = mmcv.imread(str(file), flag='grayscale')
+        for name, function in corrupt.items():
+            for severity in range(1, 6):
+                pixels = np.clip(function(image, severity), 0, 255).astype(np.uint8)
+                path = root / name / str(severity) / file.parent.name / file.name
+                mmcv.imwrite(pixels, str(path))
+    return root
+
+
+IMAGENET_C = 'tools/analysis_tools/imagenet_c.py'
+
+
+def test_imagenet_c_goes_on_where_it_stopped(classifier, corrupted, run, tmp_path):
+    checkpoint = next(classifier[0].glob('*.pth'))
+    command = ['python', IMAGENET_C, DIGITS, checkpoint, corrupted, '--work-dir']
+    whole = run(*command, tmp_path / 'whole')
+    top1 = json.loads((tmp_path / 'whole/imagenet_c.json').read_text())['top1']
+    assert {name: list(values) for name, values in top1.items()} == {
+        'gaussian_noise': list('12345'), 'contrast': list('12345')
+    }  # fmt: skip
+    assert 'mCE over the 15 standard corruptions: not computed, without shot_noise' in whole
+
+    # What an interruption leaves behind: the results of three folders.
+    stopped = tmp_path / 'stopped/imagenet_c.json'
+    stopped.parent.mkdir()
+    results = json.loads((tmp_path / 'whole/imagenet_c.json').read_text())
+    results['top1'] = {'gaussian_noise': {k: top1['gaussian_noise'][k] for k in '123'}}
+    stopped.write_text(json.dumps(results))
+    again = run(*command, tmp_path / 'stopped')
+    assert again.count('Epoch(test)') == whole.count('Epoch(test)') * 7 // 10
+    assert json.loads(stopped.read_text())['top1'] == top1
+    for name in ('imagenet_c.md', 'imagenet_c.png'):
+        assert (tmp_path / 'stopped' / name).stat().st_size > 0
+
+    other = tmp_path / 'other.pth'
+    torch.save({}, other)
+    command[3] = other
+    assert 'is of another checkpoint' in run(*command, tmp_path / 'whole', code=1)
+
+
+def test_imagenet_c_names_what_is_missing(run, tmp_path):
+    command = ['python', IMAGENET_C, DIGITS, 'x.pth', tmp_path, '--work-dir', tmp_path / 'out']
+    assert f'No corruption in {tmp_path}' in run(*command, code=1)
+    for severity in '1245':
+        (tmp_path / 'fog' / severity).mkdir(parents=True)
+    assert 'lacks fog/3.' in run(*command, code=1)
+
+
+def test_mean_corruption_error():
+    """AlexNet itself has CE 100; half its errors give 50."""
+    spec = importlib.util.spec_from_file_location('imagenet_c', ROOT / IMAGENET_C)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (len(tool.STANDARD), len(tool.ALEXNET)) == (15, 19)
+    for share in (1, 0.5):
+        top1 = {
+            name: {str(severity): 100 - share * error for severity in range(1, 6)}
+            for name, error in tool.ALEXNET.items()
+        }
+        assert tool.mean_ce(top1, tool.STANDARD) == pytest.approx(100 * share)
+        assert tool.mean_ce(top1, tool.ALEXNET) == pytest.approx(100 * share)
+    del top1['saturate']
+    assert tool.mean_ce(top1, tool.ALEXNET) is None
+    assert tool.mean_ce(top1, tool.STANDARD) == pytest.approx(50)
