@@ -28,7 +28,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .models import LSKAVAN
 
-TRUST_VARIABLE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own name for it
+# torch's own names
+FORCE_VARIABLE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+TRUST_VARIABLE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
 
 class CheckpointError(RuntimeError):
@@ -226,11 +228,36 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
 # --- Reading files -------------------------------------------------------------
 
 
+class _Refused(pickle.UnpicklingError):
+    """Names what a pickle must not bring along."""
+
+
 def _history_method(owner: type, name: str) -> Any:
     """Stands in for `getattr`, which MMEngine's logs are pickled with."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise pickle.UnpicklingError(f'getattr({owner}, {name!r})')
+        raise _Refused(f'getattr({owner}, {name!r})')
     return getattr(HistoryBuffer, name)
+
+
+_DTYPES_AND_STORAGES = ' '.join(
+    name
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) or name.endswith('Storage')
+)
+_ALLOWED = {
+    'builtins': 'bytearray complex dict float frozenset int list set slice str tuple',
+    'collections': 'Counter OrderedDict defaultdict deque',
+    'argparse': 'Namespace',
+    '_codecs': 'encode',
+    'mmengine.logging.history_buffer': 'HistoryBuffer',
+    'numpy': 'dtype ndarray',
+    'numpy.core.multiarray': '_reconstruct scalar',
+    'numpy._core.multiarray': '_reconstruct scalar',
+    'torch': f'Size device {_DTYPES_AND_STORAGES}',
+    'torch._utils': '_rebuild_parameter _rebuild_tensor _rebuild_tensor_v2',
+    'torch.nn.parameter': 'Parameter',
+    'torch.storage': 'TypedStorage UntypedStorage',
+}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -241,52 +268,12 @@ class _Unpickler(pickle.Unpickler):
     every version.
     """
 
-    allowed = {
-        *(f'collections.{name}' for name in ('OrderedDict', 'defaultdict', 'deque', 'Counter')),
-        *(
-            f'builtins.{name}'
-            for name in (
-                'set',
-                'frozenset',
-                'slice',
-                'complex',
-                'bytearray',
-                'int',
-                'float',
-                'str',
-                'list',
-                'dict',
-                'tuple',
-            )
-        ),
-        '_codecs.encode',
-        'argparse.Namespace',
-        'mmengine.logging.history_buffer.HistoryBuffer',
-        *(
-            f'torch._utils.{name}'
-            for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter')
-        ),
-        *('torch.Size', 'torch.device', 'torch.nn.parameter.Parameter'),
-        *(
-            f'torch.{name}'
-            for name, value in vars(torch).items()
-            if isinstance(value, torch.dtype) or name.endswith('Storage')
-        ),
-        *('torch.storage.UntypedStorage', 'torch.storage.TypedStorage'),
-        *(f'numpy.{name}' for name in ('ndarray', 'dtype')),
-        *(
-            f'numpy.{core}.multiarray.{name}'
-            for core in ('core', '_core')
-            for name in ('_reconstruct', 'scalar')
-        ),
-    }
-
     def find_class(self, module: str, name: str) -> Any:
         module = {'__builtin__': 'builtins'}.get(module, module)
         if (module, name) == ('builtins', 'getattr'):
             return _history_method
-        if f'{module}.{name}' not in self.allowed:
-            raise pickle.UnpicklingError(f'{module}.{name}')
+        if name not in _ALLOWED.get(module, '').split():
+            raise _Refused(f'{module}.{name}')
         return super().find_class(module, name)
 
 
@@ -297,6 +284,10 @@ def _load(file, **kwargs):
 # What `torch.load` asks of a pickle module.
 _RESTRICTED_PICKLE = types.ModuleType('restricted_pickle')
 vars(_RESTRICTED_PICKLE).update(Unpickler=_Unpickler, load=_load)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, '0').lower() in ('1', 'y', 'yes', 'true')
 
 
 def load_from_local(path: str, map_location: Any = None) -> Any:
@@ -328,18 +319,19 @@ def load_from_local(path: str, map_location: Any = None) -> Any:
             'weights) or load_from. The configs take their weights from the folder '
             'in the environment variable LSKA_PRETRAINED, "pretrained" if it is not set.'
         )
-    trusted = os.environ.get(TRUST_VARIABLE, '0').lower() in ('1', 'y', 'yes', 'true')
+    # Forced, torch reads by its own list of the harmless and takes no other.
+    forced, trusted = _is_set(FORCE_VARIABLE), _is_set(TRUST_VARIABLE)
+    pickle_module = None if forced or trusted else _RESTRICTED_PICKLE
+    refusal = pickle.UnpicklingError if forced else _Refused
     try:
-        checkpoint = torch.load(
-            path, map_location, pickle if trusted else _RESTRICTED_PICKLE, weights_only=False
-        )
-    except pickle.UnpicklingError as error:
+        checkpoint = torch.load(path, map_location, pickle_module, weights_only=forced)
+    except refusal as error:
         raise CheckpointError(
             f'{path} was refused: it holds {error}, where only tensors, numbers, containers '
             'and argparse.Namespace are expected. Loading it could run code. If you trust '
             f'whoever made it, set {TRUST_VARIABLE}=1 for this one command.'
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # of any kind: the bytes may be anything
         raise CheckpointError(
             f'{path} is damaged, or not a file that torch.save wrote '
             f'({type(error).__name__}: {error}).'

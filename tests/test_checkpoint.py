@@ -296,6 +296,14 @@ def test_truncated_file(published_file, tmp_path, share):
         LSKAVAN(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
 
 
+@pytest.mark.parametrize('content', [b'<!DOCTYPE html>', b'\x80\x02]q\x00.', b'0' * 1000])
+def test_file_of_something_else(tmp_path, content):
+    path = tmp_path / 'download.pth'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'download\.pth is damaged, or not a file'):
+        load_from_local(str(path))
+
+
 class _Bomb:
     """Runs a command when it is unpickled in the ordinary way."""
 
@@ -326,6 +334,16 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, zipped, monkeypatch):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     load_checkpoint(LSKAVAN(), path)
     assert target.exists()
+
+
+def test_torch_can_be_told_to_read_weights_only(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+    torch.save(dict(state_dict=PUBLISHED), tmp_path / 'tensors.pth')
+    torch.save(dict(state_dict=PUBLISHED, args=_Bomb(tmp_path / 'ran')), tmp_path / 'bomb.pth')
+    load_checkpoint(LSKAVAN(), str(tmp_path / 'tensors.pth'))
+    with pytest.raises(CheckpointError, match=r'bomb\.pth was refused'):
+        load_checkpoint(LSKAVAN(), str(tmp_path / 'bomb.pth'))
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_getattr_reaches_nothing_but_the_logs(tmp_path):
