@@ -95,8 +95,9 @@ def draw_detection(config: Config, checkpoint: str):
     return nuclei_panels(
         image_file,
         panels,
-        f'Held-back columns: {hit.sum()} of {len(masks)} predictions overlap a nucleus '
-        'by IoU 0.5 or more and wear its colour; others would be white.',
+        f'Held-back columns: {len(set(overlap.argmax(1)[hit]))} of {len(truth)} nuclei are '
+        f'overlapped by IoU 0.5 or more; their predictions wear their colour, {(~hit).sum()} '
+        'other (white).',
     )
 
 
