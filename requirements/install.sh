@@ -4,7 +4,7 @@
 #   bash requirements/install.sh STACK VENV
 #
 # STACK names a file of pins beside this script: onedl or openmmlab. mmcv is a
-# source package: compiling its ops takes about 15 minutes on two cores, once;
+# source package: compiling its ops takes many minutes on two cores, once;
 # pip caches the wheel. It must see the environment's torch while it builds
 # (--no-build-isolation), otherwise it installs without its ops and says nothing.
 set -euo pipefail
@@ -39,7 +39,7 @@ pip install --quiet --requirement "$venv/first.txt" wheel ninja psutil packaging
 
 mmcv=$(grep -E '^(onedl-)?mmcv==' "$pins")
 log=$venv/mmcv-build.log
-echo "setup: $mmcv (the first time compiled from source, about 15 minutes; log: $log)"
+echo "setup: $mmcv (the first time compiled from source, many minutes; log: $log)"
 # Of the log only the compiler's progress is shown, "[12/78]".
 MMCV_WITH_OPS=1 pip install --verbose --no-build-isolation \
     --constraint "$pins" "$mmcv" > >(tee "$log" |
