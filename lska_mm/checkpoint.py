@@ -1,4 +1,4 @@
-"""Checkpoints: reading files safely, and any published layout to ours.
+"""The names of tensors: any published layout to ours.
 
 Layouts met in the wild, all of which load without a flag:
 
@@ -14,23 +14,14 @@ Layouts met in the wild, all of which load without a flag:
 random weights and a warning: `adapt_state_dict` makes that an error.
 """
 
-import os
-import pickle
 import re
-import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from mmengine.logging.history_buffer import HistoryBuffer
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .models import LSKAVAN
-
-# torch's own names
-FORCE_VARIABLE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-TRUST_VARIABLE = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
 
 class CheckpointError(RuntimeError):
@@ -47,11 +38,6 @@ _RENAMES = (
     (r'\.dwconv\.dwconv\.', '.dwconv.'),
     (r'\.DW_D_conv(_[hv])?\.', r'.conv_spatial\1.'),
     (r'\.DW_conv_?([hv]?)\.', r'.conv0\1.'),
-)
-# The first convolution of a separable gate: no other network has one.
-_SEPARABLE = re.compile(
-    r'(?:module\.)*blocks?1\.0\.attn\.spatial_gating_unit\.'
-    r'(?:conv0h|DW_conv_h)\.weight'
 )
 
 
@@ -108,7 +94,7 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     shapes = {
         convert_key(key).removeprefix('backbone.'): tuple(value.shape)
         for key, value in state_dict.items()
-        if hasattr(value, 'shape')
+        if getattr(value, 'shape', ())
     }
     gate = 'block1.0.attn.spatial_gating_unit.'
     convs = {
@@ -152,6 +138,18 @@ def arch_name(arch: Mapping[str, Any]) -> str | None:
     return None
 
 
+# What a part of a model tells of the whole.
+_KINDS = dict(
+    decode_head='a segmentor',
+    rpn_head='a detector',
+    roi_head='a detector',
+    bbox_head='a detector',
+    mask_head='a detector',
+    head='a classifier',
+    backbone='a backbone',
+)
+
+
 def _signature(state_dict: Mapping[str, Any]) -> str | None:
     """The call that builds the network of these tensors."""
     description = describe(state_dict)
@@ -160,6 +158,14 @@ def _signature(state_dict: Mapping[str, Any]) -> str | None:
     arch = arch_name(description['arch']) or description['arch']
     rest = ', '.join(f'{k}={v!r}' for k, v in description.items() if k != 'arch')
     return f'LSKAVAN(arch={arch!r}, {rest})'
+
+
+def summarize(state_dict: Mapping[str, Any]) -> str:
+    """Say in words what tensors are: whose model, of which backbone and parts."""
+    parts = {convert_key(key).split('.')[0] for key in state_dict}
+    kind = next((kind for part, kind in _KINDS.items() if part in parts), 'a model')
+    named = [_signature(state_dict) or part if part == 'backbone' else part for part in parts]
+    return f'{kind} ({", ".join(sorted(named)) or "no tensors"})'
 
 
 # --- Into the backbone ---------------------------------------------------------
@@ -223,132 +229,3 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
             f'expected {theirs})'
         )
     return None
-
-
-# --- Reading files -------------------------------------------------------------
-
-
-class _Refused(pickle.UnpicklingError):
-    """Names what a pickle must not bring along."""
-
-
-def _history_method(owner: type, name: str) -> Any:
-    """Stands in for `getattr`, which MMEngine's logs are pickled with."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise _Refused(f'getattr({owner}, {name!r})')
-    return getattr(HistoryBuffer, name)
-
-
-_DTYPES_AND_STORAGES = ' '.join(
-    name
-    for name, value in vars(torch).items()
-    if isinstance(value, torch.dtype) or name.endswith('Storage')
-)
-_ALLOWED = {
-    'builtins': 'bytearray complex dict float frozenset int list set slice str tuple',
-    'collections': 'Counter OrderedDict defaultdict deque',
-    'argparse': 'Namespace',
-    '_codecs': 'encode',
-    'mmengine.logging.history_buffer': 'HistoryBuffer',
-    'numpy': 'dtype ndarray',
-    'numpy.core.multiarray': '_reconstruct scalar',
-    'numpy._core.multiarray': '_reconstruct scalar',
-    'torch': f'Size device {_DTYPES_AND_STORAGES}',
-    'torch._utils': '_rebuild_parameter _rebuild_tensor _rebuild_tensor_v2',
-    'torch.nn.parameter': 'Parameter',
-    'torch.storage': 'TypedStorage UntypedStorage',
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors, numbers and containers, and nothing that could act.
-
-    torch's own ``weights_only`` reader takes no allow-list on torch 2.1 and
-    could be made to run code there (CVE-2025-32434); this one reads alike on
-    every version.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = {'__builtin__': 'builtins'}.get(module, module)
-        if (module, name) == ('builtins', 'getattr'):
-            return _history_method
-        if name not in _ALLOWED.get(module, '').split():
-            raise _Refused(f'{module}.{name}')
-        return super().find_class(module, name)
-
-
-def _load(file, **kwargs):
-    return _Unpickler(file, **kwargs).load()
-
-
-# What `torch.load` asks of a pickle module.
-_RESTRICTED_PICKLE = types.ModuleType('restricted_pickle')
-vars(_RESTRICTED_PICKLE).update(Unpickler=_Unpickler, load=_load)
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, '0').lower() in ('1', 'y', 'yes', 'true')
-
-
-def load_from_local(path: str, map_location: Any = None) -> Any:
-    """Read a checkpoint file without running code that it may carry.
-
-    Registered with MMEngine as its reader of local files, so that it also
-    serves ``Pretrained``, ``load_from``, ``--resume`` and `init_detector`. A
-    file in the published layout comes back under this package's names, so
-    that detectors and segmentors can start from it by its path alone.
-
-    Args:
-        path: A file that `torch.save` wrote.
-        map_location: As for `torch.load`.
-
-    Returns:
-        The content of the file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, or holds objects other than
-            tensors, numbers and containers. Setting the environment variable
-            ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` trusts it all the same.
-    """
-    path = os.path.expanduser(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f'No checkpoint at {path}. Put the weights there, or change the key that names '
-            'them: model.backbone.init_cfg.checkpoint (init_cfg=None starts from random '
-            'weights) or load_from. The configs take their weights from the folder '
-            'in the environment variable LSKA_PRETRAINED, "pretrained" if it is not set.'
-        )
-    # Forced, torch reads by its own list of the harmless and takes no other.
-    forced, trusted = _is_set(FORCE_VARIABLE), _is_set(TRUST_VARIABLE)
-    pickle_module = None if forced or trusted else _RESTRICTED_PICKLE
-    refusal = pickle.UnpicklingError if forced else _Refused
-    try:
-        checkpoint = torch.load(path, map_location, pickle_module, weights_only=forced)
-    except refusal as error:
-        raise CheckpointError(
-            f'{path} was refused: it holds {error}, where only tensors, numbers, containers '
-            'and argparse.Namespace are expected. Loading it could run code. If you trust '
-            f'whoever made it, set {TRUST_VARIABLE}=1 for this one command.'
-        ) from None
-    except Exception as error:  # of any kind: the bytes may be anything
-        raise CheckpointError(
-            f'{path} is damaged, or not a file that torch.save wrote '
-            f'({type(error).__name__}: {error}).'
-        ) from error
-
-    state_dict = get_state_dict(checkpoint)
-    if any(_SEPARABLE.fullmatch(key) for key in state_dict if isinstance(key, str)):
-        converted = convert_state_dict(state_dict)
-        checkpoint = (
-            {**checkpoint, 'state_dict': converted} if 'state_dict' in checkpoint else converted
-        )
-    return checkpoint
-
-
-def get_state_dict(checkpoint: Any) -> Mapping[str, Tensor]:
-    """The weights in a checkpoint: wrapped in ``state_dict``, or bare."""
-    if not isinstance(checkpoint, Mapping):
-        return {}
-    state_dict = checkpoint.get('state_dict', checkpoint)
-    return state_dict if isinstance(state_dict, Mapping) else {}

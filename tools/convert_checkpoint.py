@@ -22,9 +22,8 @@ from lska_mm.checkpoint import (
     arch_name,
     convert_state_dict,
     describe,
-    get_state_dict,
-    load_from_local,
 )
+from lska_mm.loader import get_state_dict, load_from_local
 
 
 def convert(source: str, target: Path) -> tuple[Path, dict, int]:
