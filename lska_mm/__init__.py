@@ -11,11 +11,13 @@ from mmengine.runner import CheckpointLoader
 
 from .loader import load_from_local
 from .models import LSKA, LSKAVAN
+from .optim import LayerDecayOptimWrapperConstructor
 
 __version__ = '0.1.0'
 __all__ = [
     'LSKA',
     'LSKAVAN',
+    'LayerDecayOptimWrapperConstructor',
     'load_from_local',
 ]
 
