@@ -9,6 +9,7 @@ MMEngine read local checkpoints through `lska_mm.loader.load_from_local`:
 
 from mmengine.runner import CheckpointLoader
 
+from .hooks import CheckLabelsHook
 from .loader import load_from_local
 from .models import LSKA, LSKAVAN
 from .optim import LayerDecayOptimWrapperConstructor
@@ -17,6 +18,7 @@ __version__ = '0.1.0'
 __all__ = [
     'LSKA',
     'LSKAVAN',
+    'CheckLabelsHook',
     'LayerDecayOptimWrapperConstructor',
     'load_from_local',
 ]

@@ -10,8 +10,12 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.dist import get_backend, is_distributed
 from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
+
+from .checkpoint import CheckpointError, convert_key, summarize
+from .loader import get_state_dict
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -63,8 +67,9 @@ def check_data(cfg: Config, *splits: str) -> None:
         splits: Which dataloaders will be used: ``'train'``, ``'val'``, ``'test'``.
 
     Raises:
-        FileNotFoundError: If a local file or folder is missing; names it and
-            the keys of the config that it comes from.
+        FileNotFoundError: If a local file or folder is missing, or the folder
+            of a class is empty; names it and the keys of the config that it
+            comes from.
     """
     for split in splits:
         key = f'{split}_dataloader.dataset'
@@ -72,14 +77,7 @@ def check_data(cfg: Config, *splits: str) -> None:
         while 'dataset' in dataset:  # RepeatDataset and the like
             key, dataset = f'{key}.dataset', dataset['dataset']
         root = dataset.get('data_root') or ''
-        parts = {'ann_file': dataset.get('ann_file')}
-        prefix = dataset.get('data_prefix') or {}
-        parts.update(
-            {f'data_prefix.{name}': value for name, value in prefix.items()}
-            if isinstance(prefix, dict)
-            else {'data_prefix': prefix}
-        )
-        for name, value in {'data_root': '', **parts}.items():
+        for name, value in {'data_root': '', **_data_parts(dataset)}.items():
             path = os.path.join(root, value or '')
             if path and '://' not in path and not os.path.exists(path):
                 keys = (
@@ -89,6 +87,64 @@ def check_data(cfg: Config, *splits: str) -> None:
                     f'No data at {path}. The path comes from {keys}; put the data there, or '
                     f'change the config (or --cfg-options {key}.data_root=...).'
                 )
+        if cfg.get('default_scope') == 'mmpretrain':
+            _check_classes(dataset, key)
+
+
+def _data_parts(dataset: dict) -> dict[str, str | None]:
+    """The files and folders of a dataset below its root, by their keys."""
+    parts = {'ann_file': dataset.get('ann_file')}
+    prefix = dataset.get('data_prefix') or {}
+    if not isinstance(prefix, dict):
+        return {**parts, 'data_prefix': prefix}
+    if not prefix and 'split' in dataset:  # mmpretrain's ImageNet
+        return {**parts, 'split': dataset['split']}
+    return {**parts, **{f'data_prefix.{name}': value for name, value in prefix.items()}}
+
+
+def _check_classes(dataset: dict, key: str) -> None:
+    """Look into the folder of each class, where no file lists the images."""
+    root, parts = dataset.get('data_root') or '', _data_parts(dataset)
+    split = parts.get('split')
+    listed = parts.pop('ann_file') or os.path.exists(os.path.join(root, 'meta', f'{split}.txt'))
+    folder = os.path.join(root, *(value or '' for value in parts.values()))
+    if listed or '://' in folder or not os.path.isdir(folder):
+        return
+    empty = [c.name for c in os.scandir(folder) if c.is_dir() and not os.listdir(c.path)]
+    if empty:
+        raise FileNotFoundError(
+            f'No image of {len(empty)} classes in {folder}: {", ".join(sorted(empty)[:5])}'
+            f'{", ..." if len(empty) > 5 else ""}. The path comes from {key}; put the images '
+            'there, or delete the folders and the classes.'
+        )
+
+
+def check_weights(runner: Runner, path: str) -> None:
+    """Compare a checkpoint with the model that it is to be tested in.
+
+    MMEngine loads what fits and warns about the rest, which would then be
+    tested with random weights.
+
+    Raises:
+        CheckpointError: If tensors of the model are missing in the file; says
+            what the file holds.
+    """
+    state_dict = get_state_dict(CheckpointLoader.load_checkpoint(path, map_location='cpu'))
+    model = runner.model
+    while isinstance(model, BaseTTAModel) or is_model_wrapper(model):
+        model = model.module
+    held = {convert_key(key) for key in state_dict}
+    missing = [
+        key
+        for key in model.state_dict()
+        if key not in held and not key.endswith('num_batches_tracked')
+    ]
+    if missing:
+        raise CheckpointError(
+            f'{path} is not of the {type(model).__name__} in the config: it holds '
+            f'{summarize(state_dict)}, and lacks {len(missing)} tensors of the model '
+            f'(first: {missing[0]}). Test it with the config that it was trained with.'
+        )
 
 
 def build_runner(cfg: Config) -> Runner:

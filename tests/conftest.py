@@ -35,6 +35,30 @@ def reference_image(side=96):
     return torch.as_tensor(build_image(2, side))
 
 
+def detection_data(cfg):
+    """Two images with random boxes, and masks where the config loads them."""
+    from mmdet.testing import demo_mm_inputs
+
+    masks = any(transform.get('with_mask') for transform in cfg.train_pipeline)
+    return demo_mm_inputs(2, image_shapes=[(3, 96, 128), (3, 64, 96)], with_mask=masks)
+
+
+def segmentation_data(cfg):
+    """Two images with random labels of ADE20K's classes."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    samples = [
+        SegDataSample(
+            gt_sem_seg=PixelData(data=torch.randint(150, (1, 64, 96))),
+            metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96)),
+        )
+        for _ in range(2)
+    ]
+    inputs = [torch.randint(256, (3, 64, 96), dtype=torch.uint8) for _ in samples]
+    return dict(inputs=inputs, data_samples=samples)
+
+
 @pytest.fixture(scope='session')
 def published_file(tmp_path_factory):
     """A file as the authors publish it: tiny, k=23, with a Namespace beside."""
@@ -49,8 +73,8 @@ def run():
     """Run a command in the repository as a user would; returns its result."""
 
     def _run(*command, code=0, cwd=ROOT, **env):
-        # Two threads: the tests own the machine, but no more than that.
-        environ = {**os.environ, 'OMP_NUM_THREADS': '2', **env}
+        # Two threads: spinning, more of them would slow each other.
+        environ = {'OMP_NUM_THREADS': '2', **os.environ, **env}
         environ['PATH'] = f'{Path(sys.executable).parent}:{environ["PATH"]}'
         result = subprocess.run(
             [str(word) for word in command],

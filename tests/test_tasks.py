@@ -44,6 +44,10 @@ def segmentor(run, tmp_path_factory):
     return out, printed
 
 
+def last_checkpoint(demo):
+    return (demo[0] / 'last_checkpoint').read_text()
+
+
 @pytest.mark.parametrize(
     ('demo', 'metric', 'floor'),
     [('classifier', 'top-1 accuracy', 50), ('segmentor', 'mIoU', 50)],
@@ -99,31 +103,29 @@ def test_published_classifier_gives_the_published_logits(published_file):
     assert (logits - expected).abs().max() <= 1e-5
 
 
-def test_layer_wise_learning_rate_decay():
-    """Through mmpretrain's constructor; rates counted by hand for tiny."""
-    from mmengine.optim import build_optim_wrapper
+# --- What goes wrong ---------------------------------------------------------------
 
-    cfg = Config.fromfile(ROOT / 'configs/classification/lska-van-tiny_4xb128_in1k.py')
-    init_default_scope('mmpretrain')
-    cfg.optim_wrapper.update(
-        constructor='LearningRateDecayOptimWrapperConstructor',
-        paramwise_cfg=dict(layer_decay_rate=0.5),
-    )
-    groups = build_optim_wrapper(build(cfg), cfg.optim_wrapper).optimizer.param_groups
-    layers = {group['param_name']: group['layer_id'] for group in groups}
-    assert set(layers.values()) == set(range(15))  # stem, 3 + 3 + 5 + 2 blocks, head
-    expected = {
-        'patch_embed1.proj.weight': 0, 'block1.0.norm1.bias': 1, 'block1.2.mlp.fc1.weight': 3,
-        'norm1.weight': 3, 'patch_embed2.proj.weight': 3, 'block2.0.attn.proj_1.weight': 4,
-        'block3.4.layer_scale_1': 11, 'block4.1.mlp.fc2.bias': 13, 'norm4.bias': 13,
-    }  # fmt: skip
+
+def test_labels_beyond_the_classes(segmentor, run, tmp_path):
+    """With one class for the nuclei's two, through the real Runner."""
+    for command in (['train.py', NUCLEI], ['test.py', NUCLEI, last_checkpoint(segmentor)]):
+        printed = run(
+            'python', f'tools/{command[0]}', *command[1:], '--work-dir', tmp_path,
+            '--cfg-options', 'model.decode_head.num_classes=1', code=1,
+        )  # fmt: skip
+        assert re.search(r'annotations/(training|validation)/nuclei\.png has the labels', printed)
+        assert 'the model has 1 classes: valid are 0 to 0, and 255 for no class' in printed
+
+
+def test_checkpoint_of_another_task_is_refused(segmentor, run, tmp_path):
+    printed = run(
+        'python', 'tools/test.py', 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py',
+        last_checkpoint(segmentor), '--work-dir', tmp_path, code=1,
+    )  # fmt: skip
     assert (
-        expected.items()
-        <= {name.removeprefix('backbone.'): layer for name, layer in layers.items()}.items()
+        "is not of the MaskRCNN in the config: it holds a segmentor (LSKAVAN(arch='ti" in printed
     )
-    assert layers['head.fc.weight'] == 14
-    for group in groups:
-        assert group['lr'] == pytest.approx(1e-3 * 0.5 ** (14 - group['layer_id']))
+    assert 'tensors of the model (first: rpn_head.' in printed
 
 
 # --- The toolboxes' own tools -----------------------------------------------------

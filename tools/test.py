@@ -8,7 +8,7 @@ The config's `default_scope` says which toolbox it is for.
 
 from mmengine.config import ConfigDict
 
-from lska_mm.launch import base_parser, build_runner, check_data, load_config
+from lska_mm.launch import base_parser, build_runner, check_data, check_weights, load_config
 
 # Each toolbox has its own way to dump predictions and to draw them.
 DUMP_METRIC = dict(mmdet='DumpDetResults', mmseg='DumpResults', mmpretrain='DumpResults')
@@ -54,7 +54,9 @@ def main():
         cfg.default_hooks.visualization.update(DRAW_HOOK[scope](args.show_dir))
         cfg.visualizer.save_dir = args.show_dir
     check_data(cfg, 'test')
-    build_runner(cfg).test()
+    runner = build_runner(cfg)
+    check_weights(runner, args.checkpoint)
+    runner.test()
 
 
 if __name__ == '__main__':
