@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import ROOT
+from conftest import ROOT, detection_data, segmentation_data
 from lska_mm.models.lska_van import ARCHS
 
 CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
@@ -16,11 +16,20 @@ RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 BACKBONE = r'lska-van-(?P<arch>tiny|small|base)(-k(?P<k>\d+))?'
 NAMES = dict(
     classification=rf'{BACKBONE}_(?P<gpus>\d)xb(?P<batch>\d+)_in1k',
-    detection=rf'(?P<head>mask-rcnn|retinanet)_{BACKBONE}_fpn_1x_coco',
-    segmentation=rf'{BACKBONE}_(?P<head>fpn|upernet)_(?P<gpus>\d)xb(?P<batch>\d)-(?P<k_iters>\d+)k'
-    r'_ade20k-512x512',
+    detection=rf'(?P<head>[a-z0-9-]+)_{BACKBONE}(_fpn_(ms-3x|1x)|_(?P<gpus>\d)xb(?P<batch>\d)-12e)_coco',
+    segmentation=rf'{BACKBONE}_(?P<head>fpn|upernet|segformer|lightham)_(?P<gpus>\d)xb(?P<batch>\d)'
+    r'-(?P<k_iters>\d+)k_ade20k-512x512',
 )
-COUNTS = dict(classification=15, detection=6, segmentation=6)
+DETECTORS = {
+    'mask-rcnn': 'MaskRCNN',
+    'retinanet': 'RetinaNet',
+    'cascade-mask-rcnn': 'CascadeRCNN',
+    'atss': 'ATSS',
+    'gfl': 'GFL',
+    'dino-4scale': 'DINO',
+}
+HEADS = dict(upernet='UPerHead', segformer='SegformerHead', lightham='LightHamHead')
+COUNTS = dict(classification=15, detection=10, segmentation=8)
 WIDTHS = dict(tiny=[32, 64, 160, 256], small=[64, 128, 320, 512], base=[64, 128, 320, 512])
 
 
@@ -48,8 +57,9 @@ def test_backbone_agrees_with_name(path, monkeypatch):
     if path.parent.name != 'classification':
         weights = f'pretrained/lska-van-{arch}_k{k}_in1k.pth'
         assert backbone.init_cfg == dict(type='Pretrained', checkpoint=weights)
-        assert backbone.out_indices == (0, 1, 2, 3)
-    if 'gpus' in name.groupdict():
+        stages = (1, 2, 3) if 'dino' in path.stem else (0, 1, 2, 3)
+        assert backbone.out_indices == stages
+    if name.groupdict().get('gpus'):
         assert cfg.train_dataloader.batch_size == int(name['batch'])
         assert cfg.auto_scale_lr.base_batch_size == int(name['gpus']) * int(name['batch'])
 
@@ -58,16 +68,21 @@ def test_backbone_agrees_with_name(path, monkeypatch):
 def test_detection_recipe(path):
     cfg = Config.fromfile(path)
     name = re.fullmatch(NAMES['detection'], path.stem)
-    heads = {'mask-rcnn': 'MaskRCNN', 'retinanet': 'RetinaNet'}
-    assert cfg.model.type == heads[name['head']]
-    assert cfg.model.neck.in_channels == WIDTHS[name['arch']]
+    assert cfg.model.type == DETECTORS[name['head']]
+    widths = WIDTHS[name['arch']]
+    assert cfg.model.neck.in_channels == [widths[i] for i in cfg.model.backbone.out_indices]
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+    optimizer = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+    if name['head'] == 'dino-4scale':
+        optimizer = dict(type='AdamW', lr=1e-4, weight_decay=1e-4)
+    assert cfg.optim_wrapper.optimizer == optimizer
+    if 'ms-3x' in path.stem:  # 12 epochs of 3 rounds
+        assert cfg.train_dataloader.dataset.times * cfg.train_cfg.max_epochs == 36
+    if name['head'] not in ('mask-rcnn', 'retinanet'):
+        return  # mmdet's schedules
     # 1x on COCO: 12 epochs, 8 GPUs with 2 images each.
     assert cfg.train_cfg.max_epochs == 12
-    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.train_dataloader.dataset.type == 'CocoDataset'
-    assert cfg.optim_wrapper.optimizer == dict(
-        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
-    )
     warm_up, steps = cfg.param_scheduler
     assert (warm_up.type, warm_up.by_epoch, warm_up.end) == ('LinearLR', False, 1000)
     assert (steps.type, steps.milestones) == ('MultiStepLR', [8, 11])
@@ -93,16 +108,16 @@ def test_segmentation_recipe(path):
         assert rates == (1e-4, 1e-4, 0.9)
         assert len(cfg.param_scheduler) == 1
     else:
-        assert (cfg.model.decode_head.type, cfg.model.decode_head.in_channels) == (
-            'UPerHead',
-            widths,
-        )
-        assert cfg.model.auxiliary_head.in_channels == widths[2]
-        assert cfg.model.auxiliary_head.loss_decode.loss_weight == 0.4
+        head = cfg.model.decode_head
+        assert head.type == HEADS[name['head']]
+        assert head.in_channels == [widths[i] for i in head.in_index]
         assert rates == (6e-5, 0.01, 1)
         assert cfg.optim_wrapper.paramwise_cfg.norm_decay_mult == 0
         warm_up = cfg.param_scheduler[0]
         assert (warm_up.type, warm_up.end, warm_up.start_factor) == ('LinearLR', 1500, 1e-6)
+    if name['head'] == 'upernet':
+        assert cfg.model.auxiliary_head.in_channels == widths[2]
+        assert cfg.model.auxiliary_head.loss_decode.loss_weight == 0.4
 
 
 @configs('classification')
@@ -145,28 +160,7 @@ def test_missing_weights_are_an_error():
         MODELS.build(cfg.model).init_weights()
 
 
-def detection_data():
-    from mmdet.testing import demo_mm_inputs
-
-    return demo_mm_inputs(2, image_shapes=[(3, 96, 128), (3, 64, 96)], with_mask=True)
-
-
-def segmentation_data():
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    samples = [
-        SegDataSample(
-            gt_sem_seg=PixelData(data=torch.randint(150, (1, 64, 96))),
-            metainfo=dict(img_shape=(64, 96)),
-        )
-        for _ in range(2)
-    ]
-    inputs = [torch.randint(256, (3, 64, 96), dtype=torch.uint8) for _ in samples]
-    return dict(inputs=inputs, data_samples=samples)
-
-
-def classification_data():
+def classification_data(cfg):
     from mmpretrain.structures import DataSample
 
     inputs = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -182,6 +176,8 @@ def test_trains_one_step(path):
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
+    if 'num_queries' in cfg.model:  # no more than the small images have pixels
+        cfg.model.num_queries = 100
     if cfg.default_scope == 'mmpretrain':
         cfg.model.data_preprocessor = cfg.data_preprocessor
     if cfg.default_scope == 'mmseg':
@@ -190,6 +186,6 @@ def test_trains_one_step(path):
     model.init_weights()
     before = model.backbone.patch_embed1.proj.weight.clone()
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    losses = model.train_step(DATA[cfg.default_scope](), optim_wrapper)
+    losses = model.train_step(DATA[cfg.default_scope](cfg), optim_wrapper)
     assert losses['loss'].isfinite()
     assert not torch.equal(model.backbone.patch_embed1.proj.weight, before)

@@ -9,6 +9,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
+custom_hooks = [dict(type='CheckLabelsHook')]
 
 env_cfg = dict(
     cudnn_benchmark=True,

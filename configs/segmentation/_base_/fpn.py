@@ -2,7 +2,7 @@ _base_ = './encoder_decoder.py'
 
 norm_cfg = dict(type='BN')
 model = dict(
-    neck=dict(type='FPN', out_channels=256, num_outs=4),
+    neck=dict(type='FPN', in_channels=[32, 64, 160, 256], out_channels=256, num_outs=4),
     decode_head=dict(
         type='FPNHead',
         in_channels=[256, 256, 256, 256],
