@@ -8,7 +8,6 @@ from pathlib import Path
 import mmcv
 import mmpretrain
 import mmseg
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -103,6 +102,20 @@ def test_published_classifier_gives_the_published_logits(published_file):
     assert (logits - expected).abs().max() <= 1e-5
 
 
+# --- Inference -------------------------------------------------------------------
+
+
+def test_segmentation_inferencer(segmentor, tmp_path):
+    from mmseg.apis import MMSegInferencer
+
+    inferencer = MMSegInferencer(str(ROOT / NUCLEI), last_checkpoint(segmentor), device='cpu')
+    image = mmcv.imread(str(ROOT / 'demo/nuclei/image.png'))[:96, :128]
+    result = inferencer(image, out_dir=str(tmp_path))
+    assert result['predictions'].shape == (96, 128)
+    assert set(result['predictions'].flat) == {0, 1}  # background and nuclei
+    assert list(tmp_path.glob('vis/*.png'))
+
+
 # --- What goes wrong ---------------------------------------------------------------
 
 
@@ -155,23 +168,40 @@ def test_own_train_and_test(toolbox, config, options, expected, classifier, segm
 # --- Robustness ------------------------------------------------------------------
 
 
+CONVERTER = 'tools/dataset_converters/imagenet_c.py'
+
+
 @pytest.fixture(scope='module')
-def corrupted(classifier, tmp_path_factory):
-    """Two kinds of ImageNet-C over twenty digits, made of noise and of contrast."""
+def corrupted(classifier, run, tmp_path_factory):
+    """Two kinds of corruption of twenty digits."""
     root = tmp_path_factory.mktemp('imagenet-c')
-    rng = np.random.default_rng(0)
-    corrupt = dict(
-        gaussian_noise=lambda image, severity: image + rng.normal(0, 40 * severity, image.shape),
-        contrast=lambda image, severity: 128 + (image - 128.0) / (1 + severity),
-    )
-    for file in sorted((ROOT / 'data/digits/val').glob('*/*04.png')):
-        image = mmcv.imread(str(file), flag='grayscale')
-        for name, function in corrupt.items():
-            for severity in range(1, 6):
-                pixels = np.clip(function(image, severity), 0, 255).astype(np.uint8)
-                path = root / name / str(severity) / file.parent.name / file.name
-                mmcv.imwrite(pixels, str(path))
+    run('python', CONVERTER, 'data/digits/val', '--out', root, '--size', '64', '--per-class', '2',
+        '--corruptions', 'gaussian_noise', 'contrast')  # fmt: skip
     return root
+
+
+def test_all_corruptions_of_an_image_of_ones_own(run, tmp_path):
+    mmcv.imwrite(mmcv.imread(str(ROOT / 'demo/nuclei/image.png')), str(tmp_path / 'in/a/b.png'))
+    printed = run('python', CONVERTER, tmp_path / 'in', '--out', tmp_path / 'out', '--size', '48')
+    assert printed.count('1 images, 5 severities') == 19
+    files = sorted((tmp_path / 'out').glob('*/*/a/b.png'))
+    assert len(files) == 19 * 5
+    images = [mmcv.imread(str(file)) for file in files]
+    assert {image.shape for image in images} == {(48, 48, 3)}
+    assert len({image.tobytes() for image in images}) > 90  # few severities alike, if any
+
+
+@pytest.mark.parametrize(
+    ('more', 'code', 'expected'),
+    [
+        ([], 1, 'No image in'),
+        (['--corruptions', 'rain'], 1, 'Unknown corruptions: rain; known: gaussian_noise, shot'),
+        (['--size', '16'], 2, '--size must be 32 or more, got 16'),
+    ],
+)
+def test_converter_names_what_is_wrong(run, tmp_path, more, code, expected):
+    printed = run('python', CONVERTER, tmp_path, '--out', tmp_path / 'out', *more, code=code)
+    assert expected in printed
 
 
 IMAGENET_C = 'tools/analysis_tools/imagenet_c.py'

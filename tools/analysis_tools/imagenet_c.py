@@ -112,11 +112,11 @@ def make_table(accuracies: Accuracies) -> str:
         cells = [*values, sum(values) / len(values), corruption_error(by_severity, ALEXNET[name])]
         lines.append(' | '.join([name, *(f'{cell:.2f}' for cell in cells)]))
     table = '\n'.join(f'| {line} |' for line in lines)
-    for title, corruptions in (('15 standard', STANDARD), ('all 19', ALEXNET)):
+    for title, corruptions in (('the 15 standard', STANDARD), ('all 19', ALEXNET)):
         mce = mean_ce(accuracies, corruptions)
         lacking = [name for name in corruptions if name not in accuracies]
         text = f'{mce:.2f}' if mce is not None else f'not computed, without {", ".join(lacking)}'
-        table += f'\n\nmCE over the {title} corruptions: {text}'
+        table += f'\n\nmCE over {title} corruptions: {text}'
     return table + '\n'
 
 
@@ -128,7 +128,7 @@ def plot(accuracies: Accuracies, path: Path) -> None:
         severities = [int(severity) for severity in by_severity]
         style = '--' if name in EXTRA else '-'
         axis.plot(severities, by_severity.values(), style, color=colours(i % 20), label=name)
-    axis.set(xticks=list(SEVERITIES), xlabel='severity', ylabel='top-1 (%)', ylim=(0, 100))
+    axis.set(xticks=list(SEVERITIES), xlabel='severity', ylabel='top-1 (%)', ylim=(0, 102))
     axis.grid(alpha=0.3)
     figure.legend(loc='outside right upper', fontsize='small')
     figure.savefig(path, dpi=110)

@@ -1,0 +1,114 @@
+"""Corrupt a folder of classes, as ImageNet-C corrupts ImageNet.
+
+    python tools/dataset_converters/imagenet_c.py SRC --out OUT --size 224
+
+reads SRC/class/image and writes OUT/corruption/severity/class/image for the 15
+standard corruptions, the 4 extra ones and 5 severities (Hendrycks and Dietterich,
+ICLR 2019, arXiv:1903.12261), by the package `imagecorruptions`. Written again,
+an image comes out the same.
+"""
+
+import argparse
+import sys
+import zlib
+from pathlib import Path
+
+import mmcv
+import numpy as np
+from skimage.filters import gaussian
+from skimage.util import random_noise
+
+SEVERITIES = range(1, 6)
+MIN_SIZE = 32  # of imagecorruptions
+
+
+def load_imagecorruptions():
+    """`imagecorruptions`, which was written for NumPy 1 and an older scikit-image."""
+    if not hasattr(np, 'float_'):
+        np.float_ = np.float64
+    import imagecorruptions
+
+    def blur(image, sigma, multichannel=False, **kwargs):
+        return gaussian(image, sigma, channel_axis=-1 if multichannel else None, **kwargs)
+
+    def noise(image, **kwargs):  # has a generator of its own otherwise
+        return random_noise(image, rng=np.random.randint(2**31), **kwargs)
+
+    imagecorruptions.corruptions.gaussian = blur
+    imagecorruptions.corruptions.sk.util.random_noise = noise
+    return imagecorruptions
+
+
+def find_images(source: Path, per_class: int | None) -> list[Path]:
+    """The first images of each class.
+
+    Raises:
+        FileNotFoundError: If there is none; says what was expected.
+    """
+    images = []
+    for folder in sorted(path for path in source.glob('*') if path.is_dir()):
+        images += sorted(path for path in folder.iterdir() if path.is_file())[:per_class]
+    if not images:
+        raise FileNotFoundError(f'No image in {source}; expected files like {source}/CLASS/IMAGE.')
+    return images
+
+
+def read_square(path: Path, size: int) -> np.ndarray:
+    """The centre of an image whose short side becomes ``size``: (size, size, 3), RGB.
+
+    Raises:
+        ValueError: If it is no image.
+    """
+    image = mmcv.imread(str(path), channel_order='rgb')
+    if image is None:
+        raise ValueError(f'{path} is not an image.')
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    image = mmcv.imresize(image, shape, interpolation='bicubic')
+    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write the data set below ``args.out``."""
+    package = load_imagecorruptions()
+    known = package.get_corruption_names('all')
+    unknown = sorted(set(args.corruptions or ()) - set(known))
+    if unknown:
+        raise ValueError(f'Unknown corruptions: {", ".join(unknown)}; known: {", ".join(known)}.')
+    images = find_images(args.source, args.per_class)
+    for corruption in args.corruptions or known:
+        for path in images:
+            image = read_square(path, args.size)
+            for severity in SEVERITIES:
+                np.random.seed(zlib.crc32(f'{corruption}{severity}{path.name}'.encode()))
+                corrupted = package.corrupt(image, severity, corruption)
+                target = args.out / corruption / str(severity) / path.parent.name / path.name
+                mmcv.imwrite(corrupted[..., ::-1], str(target))
+        print(f'{corruption}: {len(images)} images, 5 severities', flush=True)
+    print(f'written to {args.out}')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Corrupt images as ImageNet-C does')
+    parser.add_argument('source', type=Path, help='folder of classes')
+    parser.add_argument('--out', type=Path, required=True, help='output folder')
+    parser.add_argument(
+        '--size', type=int, default=224, help='side of the images, cut from the centre'
+    )
+    parser.add_argument('--per-class', type=int, help='take only so many images of a class')
+    parser.add_argument('--corruptions', nargs='+', help='take only these; all 19 by default')
+    args = parser.parse_args()
+    if args.size < MIN_SIZE:
+        parser.error(f'--size must be {MIN_SIZE} or more, got {args.size}')
+    try:
+        convert(args)
+    except (OSError, ValueError) as error:
+        print(f'imagenet_c.py: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
