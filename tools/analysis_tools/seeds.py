@@ -1,0 +1,68 @@
+"""Compare settings that were each trained with several seeds.
+
+    python tools/analysis_tools/seeds.py WORK_DIR/*/ --metrics KEY ...
+
+Each folder is a setting and holds a work dir for every seed. Prints, for each
+metric and each validation, mean and standard deviation over the seeds, as
+Markdown. A folder trained twice counts with its last log.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+Scores = dict[int, float]  # step of the validation: value of the metric
+
+
+def load_scores(work_dir: Path, metric: str) -> Scores:
+    """The validations in the last log of a training.
+
+    Raises:
+        FileNotFoundError: If nothing was trained there.
+        KeyError: If the log has no such metric; names those that it has.
+    """
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda log: log.stat().st_mtime)
+    if not logs:
+        raise FileNotFoundError(f'No training log below {work_dir} (*/vis_data/scalars.json).')
+    records = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    tests = [record for record in records if 'lr' not in record]
+    scores = {record['step']: record[metric] for record in tests if metric in record}
+    if not scores:
+        known = sorted({key for record in tests for key in record} - {'step', 'time', 'data_time'})
+        raise KeyError(f'{logs[-1]} has no {metric}; it has {", ".join(known) or "no metrics"}.')
+    return scores
+
+
+def make_table(settings: dict[str, list[Scores]], metric: str) -> str:
+    """Markdown: a row a setting, a column a validation."""
+    steps = sorted({step for runs in settings.values() for scores in runs for step in scores})
+    head = [metric, 'seeds', *map(str, steps)]
+    rows = [head, ['---'] * len(head)]
+    for name, runs in settings.items():
+        cells = []
+        for step in steps:
+            values = [scores[step] for scores in runs if step in scores]
+            spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
+            cells.append(f'{statistics.mean(values):.3f}{spread}' if values else '')
+        rows.append([name, str(len(runs)), *cells])
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Compare settings over seeds')
+    parser.add_argument('settings', type=Path, nargs='+', help='folders of work dirs, one a seed')
+    parser.add_argument(
+        '--metrics', nargs='+', default=['coco/segm_mAP'], help='keys of the validation log'
+    )
+    args = parser.parse_args()
+    for metric in args.metrics:
+        settings = {
+            folder.name: [load_scores(run, metric) for run in sorted(folder.iterdir())]
+            for folder in args.settings
+        }
+        print(f'{make_table(settings, metric)}\n')
+
+
+if __name__ == '__main__':
+    main()
