@@ -1,0 +1,191 @@
+"""Every command and every block of Python in README and docs runs.
+
+They run in a copy of the repository that has, under the names that the texts
+use, the embedded data instead of COCO and reference weights instead of the
+published ones; options are added that make them short.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from conftest import ROOT
+
+SHORT = [
+    '--cfg-options',
+    *(f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')),
+    *(f'{split}_dataloader.persistent_workers=False' for split in ('train', 'val', 'test')),
+    'train_cfg.val_interval=12',
+    'train_dataloader.dataset.pipeline.2.scale=(96,64)',
+    'val_dataloader.dataset.pipeline.1.scale=(96,64)',
+    'default_hooks.checkpoint.interval=12',
+]
+MASK_SHORT = [*SHORT, 'model.train_cfg.rcnn.sampler.num=16']
+TEST_SHORT = [*SHORT[:7], 'test_dataloader.dataset.pipeline.1.scale=(96,64)']
+SEGMENTOR_SHORT = ['train_cfg.max_iters=1', 'train_cfg.val_interval=1',
+                   'default_hooks.checkpoint.interval=1']  # fmt: skip
+MASK_RCNN = 'configs/detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'
+MASK_RCNN_CHECKPOINT = 'work_dirs/mask-rcnn_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
+RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
+RETINANET_CHECKPOINT = 'work_dirs/retinanet_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
+CLASSIFIER = 'work_dirs/demo-classification/epoch_15.pth'
+CONVERT = (
+    'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth'
+)
+
+# Of each text, a command: what is added to it here, and what it must print.
+# `make` only shows what it would do; the tests of demo/run.sh do it.
+COMMANDS = {
+    'README.md': {
+        'make demo': (['-n'], 'TASK=detection bash demo/run.sh'),
+        'make demo TASK=segmentation': (['-n'], 'TASK=segmentation bash demo/run.sh'),
+        'make demo TASK=classification': (['-n'], 'TASK=classification bash demo/run.sh'),
+        'make test': (['-n'], 'python -m pytest'),
+        'pip install -e .': (['--dry-run', '--no-build-isolation'], 'Would install lska'),
+        f'python tools/train.py {MASK_RCNN}': (MASK_SHORT, 'Epoch(val) [12][1/1]'),
+        f'bash tools/dist_train.sh {RETINANET} 2': (SHORT, 'world size 2'),
+        f'python tools/test.py {MASK_RCNN} {MASK_RCNN_CHECKPOINT}': (
+            TEST_SHORT, 'Epoch(test) [1/1]',
+        ),
+        CONVERT: ([], 'arch tiny, attention LSKA, kernel size 23'),
+        'python -m pydoc lska_mm.LSKAVAN': ([], 'drop_path_rate: Probability'),
+    },
+    'docs/get_started.md': {
+        'python -c "import lska_mm; print(lska_mm.__version__)"': ([], '0.1.0'),
+        f'python tools/train.py {RETINANET}': (SHORT, 'Epoch(val) [12][1/1]'),
+        f'python tools/train.py {RETINANET} --resume': (
+            [*SHORT, 'train_cfg.max_epochs=13'], 'Epoch(train) [13][1/1]',
+        ),
+        f'python tools/test.py {RETINANET} {RETINANET_CHECKPOINT} --out predictions.pkl': (
+            TEST_SHORT, 'predictions.pkl',
+        ),
+        f'python $MMDET/tools/analysis_tools/get_flops.py {RETINANET} --num-images 1': (
+            TEST_SHORT[:7], 'Params: 13.3',
+        ),
+    },
+    'docs/tasks.md': {
+        'make demo TASK=classification': (['-n'], 'TASK=classification bash demo/run.sh'),
+        'python tools/train.py demo/lska-van-tiny_fpn_nuclei.py --cfg-options '
+        f'load_from={CLASSIFIER}': (SEGMENTOR_SHORT, f'Load checkpoint from {CLASSIFIER}'),
+        'python tools/dataset_converters/imagenet_c.py data/digits/val --out data/digits-c '
+        '--size 64 --per-class 1 --corruptions fog contrast': ([], 'contrast: 10 images'),
+        'python tools/analysis_tools/imagenet_c.py demo/lska-van-tiny_digits.py '
+        f'{CLASSIFIER} data/digits-c --work-dir work_dirs/digits-c': ([], '| contrast |'),
+        'python tools/analysis_tools/seeds.py work_dirs/pretraining/*/ --metrics coco/segm_mAP': (
+            [], '| digits | 2 | 0.200 ± 0.141 |',
+        ),
+    },
+    'docs/weights.md': {CONVERT: ([], 'written to lska-van-tiny-')},
+    'docs/new_heads.md': {
+        'python tools/train.py my_atss.py': (SHORT, 'Epoch(val) [12][1/1]'),
+    },
+    'docs/model_zoo.md': {},
+}  # fmt: skip
+
+
+def blocks(text, language):
+    """Blocks of code, each with the file name that stands before it, if any."""
+    return re.findall(
+        rf'(?:[Ii]n (?:a file )?`([\w.]+)`:\s+)?^```{language}\n(.*?)^```',
+        (ROOT / text).read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+
+
+def commands(text):
+    """Commands, without comments; a variable's line belongs to the next command."""
+    lines = [line for _, block in blocks(text, 'bash') for line in block.splitlines()]
+    return [line.split('  #')[0].strip() for line in lines]
+
+
+@pytest.fixture(scope='module')
+def project(coco, published_file, run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('project')
+    files = subprocess.run(
+        ['git', 'ls-files'], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    for name in files.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(coco, folder / 'data/coco')
+    shutil.copytree(coco, folder / 'data/pets')
+    for path in (folder / 'data/pets').glob('annotations/*.json'):
+        path.write_text(path.read_text().replace('"category_id": 1,', '"category_id": 16,'))
+    run('python', 'tools/dataset_converters/nuclei.py', '--out', 'data/nuclei', cwd=folder)
+    run('python', 'tools/dataset_converters/digits.py', '--out', 'data/digits', cwd=folder)
+    shutil.copytree(published_file.parent, folder / 'pretrained')
+    shutil.copy(ROOT / 'demo/nuclei/image.png', folder / 'image.png')
+
+    # What the demo of classification and demo/pretraining.sh leave behind.
+    init_default_scope('mmpretrain')
+    model = MODELS.build(Config.fromfile(ROOT / 'demo/lska-van-tiny_digits.py').model)
+    (folder / CLASSIFIER).parent.mkdir(parents=True)
+    torch.save(dict(state_dict=model.state_dict()), folder / CLASSIFIER)
+    for setting, seed, score in (('digits', 0, 0.1), ('digits', 1, 0.3), ('random', 0, 0.2)):
+        log = folder / f'work_dirs/pretraining/{setting}/seed-{seed}/now/vis_data/scalars.json'
+        log.parent.mkdir(parents=True)
+        log.write_text(json.dumps({'coco/segm_mAP': score, 'step': 2}))
+    return folder
+
+
+def test_every_text_is_known():
+    texts = ['README.md', *(str(path.relative_to(ROOT)) for path in ROOT.glob('docs/*.md'))]
+    assert sorted(texts) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize('text', COMMANDS)
+def test_every_command_is_known(text):
+    found = [line for line in commands(text) if not re.match(r'[A-Z]+=\S*\$\(', line)]
+    assert sorted(found) == sorted(COMMANDS[text])
+
+
+@pytest.mark.parametrize('text', COMMANDS)
+def test_commands(text, project, run):
+    """In the order of the text; what a line sets is known to the next."""
+    setting = ''
+    for name, config in blocks(text, 'python'):
+        if name:
+            (project / name).write_text(config)
+    for command in commands(text):
+        if command not in COMMANDS[text]:
+            setting = f'{command}; '
+            continue
+        more, expected = COMMANDS[text][command]
+        printed = run(
+            'bash', '-c', f'{setting}{command} {shlex.join(more)}', cwd=project,
+            OMP_NUM_THREADS='1', PORT='29613',
+        )  # fmt: skip
+        assert expected in printed, f'{command} did not print {expected}'
+    for name, code in blocks(text, 'python'):
+        if re.search(r'^(from|import) ', code, re.MULTILINE):
+            assert run('python', '-c', code, cwd=project, OMP_NUM_THREADS='1')
+        elif name:
+            check_config(project / name, run)
+        else:
+            (project / 'fragment.py').write_text(code)
+            assert Config.fromfile(project / 'fragment.py')
+
+
+def check_config(path, run):
+    """A config in a text trains, or at least builds its model."""
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    assert MODELS.build(cfg.model)
+    if path.name == 'my_config.py':
+        assert len(path.read_text().splitlines()) <= 10
+        run('python', 'tools/train.py', path.name, *MASK_SHORT, cwd=path.parent,
+            OMP_NUM_THREADS='1')  # fmt: skip
+
+
+@pytest.mark.parametrize('text', COMMANDS)
+def test_local_links_lead_somewhere(text):
+    links = re.findall(r'\]\(([^)#]+)\)', (ROOT / text).read_text())
+    local = [link for link in links if '://' not in link]
+    assert not [link for link in local if not (ROOT / text).parent.joinpath(link).exists()]
