@@ -165,6 +165,20 @@ def test_own_train_and_test(toolbox, config, options, expected, classifier, segm
     assert expected in printed
 
 
+@pytest.mark.parametrize(
+    ('toolbox', 'config', 'more', 'parameters'),
+    [
+        (mmpretrain, 'configs/classification/lska-van-tiny_4xb128_in1k.py', [], '4.029M'),
+        (mmseg, 'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py',
+         ['--shape', '512'], '7.908M'),
+    ],
+    ids=['mmpretrain', 'mmseg'],
+)  # fmt: skip
+def test_own_get_flops(toolbox, config, more, parameters, run):
+    tool = Path(toolbox.__file__).parent / '.mim/tools/analysis_tools/get_flops.py'
+    assert f'Params: {parameters}' in run('python', tool, config, *more)
+
+
 # --- Robustness ------------------------------------------------------------------
 
 
