@@ -169,8 +169,13 @@ def test_own_train_and_test(toolbox, config, options, expected, classifier, segm
     ('toolbox', 'config', 'more', 'parameters'),
     [
         (mmpretrain, 'configs/classification/lska-van-tiny_4xb128_in1k.py', [], '4.029M'),
-        (mmseg, 'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py',
-         ['--shape', '512'], '7.908M'),
+        pytest.param(
+            mmseg, 'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py',
+            ['--shape', '512'], '7.908M',
+            marks=pytest.mark.skipif(
+                mmseg.__version__ == '1.2.2', reason='its get_flops.py fails for every config'
+            ),
+        ),
     ],
     ids=['mmpretrain', 'mmseg'],
 )  # fmt: skip

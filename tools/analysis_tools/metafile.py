@@ -73,18 +73,19 @@ def forward(model: nn.Module, image: torch.Tensor) -> None:
             head(image.new_zeros(number, extractor.out_channels, *side))
 
 
-def count(config: Path, size: tuple[int, int]) -> tuple[int, int | None]:
+def count(config: Path, size: tuple[int, int]) -> tuple[int | None, int | None]:
     """Parameters, and multiply-adds for an image of ``size``, of a config's model.
 
-    A DETR's multiply-adds depend on masks that only real images have: None.
+    None for a DETR: its parameters depend on mmdet's version, its multiply-adds
+    on masks that only real images have.
     """
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
     model = MODELS.build(cfg.model).eval()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     if hasattr(model, 'encoder'):
-        return parameters, None
+        return None, None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         counter = FlopCounterMode(display=False)
         with counter:
@@ -126,9 +127,10 @@ def make_table(task: str, metafile: dict) -> str:
     for model in metafile['Models']:
         metadata = model['Metadata']
         link = f'[{model["Name"]}](../{model["Config"]})'
-        flops = '' if metadata['FLOPs'] is None else f'{metadata["FLOPs"] / 1e9:.2f}'
+        numbers = [(metadata['Parameters'], 1e6), (metadata['FLOPs'], 1e9)]
+        cells = ['' if number is None else f'{number / unit:.2f}' for number, unit in numbers]
         empty = [''] * len(about['metrics'])
-        rows.append([link, f'{metadata["Parameters"] / 1e6:.2f}', flops, *empty])
+        rows.append([link, *cells, *empty])
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
