@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -119,7 +120,7 @@ def _check_classes(dataset: dict, key: str) -> None:
         )
 
 
-def check_weights(runner: Runner, path: str) -> None:
+def check_weights(model: Any, path: str) -> None:
     """Compare a checkpoint with the model that it is to be tested in.
 
     MMEngine loads what fits and warns about the rest, which would then be
@@ -130,7 +131,6 @@ def check_weights(runner: Runner, path: str) -> None:
             what the file holds.
     """
     state_dict = get_state_dict(CheckpointLoader.load_checkpoint(path, map_location='cpu'))
-    model = runner.model
     while isinstance(model, BaseTTAModel) or is_model_wrapper(model):
         model = model.module
     held = {convert_key(key) for key in state_dict}

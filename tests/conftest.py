@@ -19,7 +19,7 @@ import torch
 import lska_mm  # noqa: F401  (registers the backbone)
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'tests/reference'))
+sys.path[:0] = [str(ROOT / 'tests/reference'), str(ROOT / 'tools/analysis_tools')]
 from build_state import build_image, build_state  # noqa: E402
 
 REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')

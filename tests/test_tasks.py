@@ -116,6 +116,19 @@ def test_segmentation_inferencer(segmentor, tmp_path):
     assert list(tmp_path.glob('vis/*'))
 
 
+def test_deployed_checkpoint_has_the_same_metric(segmentor, run, tmp_path):
+    tool, deployed = 'tools/model_converters/reparameterize_model.py', tmp_path / 'deployed.pth'
+    run('python', tool, NUCLEI, last_checkpoint(segmentor), deployed)
+    printed = run('python', 'tools/test.py', NUCLEI, deployed, '--work-dir', tmp_path,
+                  '--cfg-options', 'model.backbone.deploy=True')  # fmt: skip
+    before = re.search(r'^mIoU: ([\d.]+)$', segmentor[1], re.MULTILINE)[1]
+    assert float(re.search(r'mIoU: ([\d.]+)', printed)[1]) == pytest.approx(
+        float(before), abs=0.01
+    )
+    printed = run('python', tool, DIGITS, last_checkpoint(segmentor), deployed, code=1)
+    assert 'is not of the ImageClassifier in the config: it holds a segmentor' in printed
+
+
 # --- What goes wrong ---------------------------------------------------------------
 
 

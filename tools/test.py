@@ -55,7 +55,7 @@ def main():
         cfg.visualizer.save_dir = args.show_dir
     check_data(cfg, 'test')
     runner = build_runner(cfg)
-    check_weights(runner, args.checkpoint)
+    check_weights(runner.model, args.checkpoint)
     runner.test()
 
 

@@ -13,6 +13,8 @@ from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .ops import depthwise_conv, multiply
+
 ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
 
@@ -92,15 +94,6 @@ def kernel_layout(attention: str, kernel_size: int) -> dict[str, tuple[tuple[int
     return layouts[attention]
 
 
-def depthwise_conv(channels: int, kernel: tuple[int, int], dilation: int = 1) -> nn.Conv2d:
-    """A depth-wise convolution that keeps height and width; odd kernels."""
-    height, width = kernel
-    padding = (dilation * (height - 1) // 2, dilation * (width - 1) // 2)
-    return nn.Conv2d(
-        channels, channels, kernel, padding=padding, dilation=dilation, groups=channels
-    )
-
-
 @MODELS.register_module()
 class LSKA(Sequential):
     """Large-kernel gate: each pixel scaled by what its neighbourhood holds.
@@ -136,4 +129,4 @@ class LSKA(Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
-        return x * super().forward(x)
+        return multiply(super().forward(x), x)

@@ -9,6 +9,7 @@ follow OpenMMLab's backbones.
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -16,11 +17,12 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import adapt_state_dict
-from .lska import LSKA, depthwise_conv
+from .lska import LSKA
+from .ops import conv1x1_add, conv_gelu, depthwise_conv, gelu, is_eager_cpu, recompute
 
 ARCHS = dict(
     tiny=dict(embed_dims=[32, 64, 160, 256], depths=[3, 3, 5, 2], ffn_ratios=[8, 8, 4, 4]),
@@ -30,36 +32,57 @@ ARCHS = dict(
 )
 
 
+def conv1x1(conv: nn.Conv2d, x: Tensor, scale: Tensor) -> Tensor:
+    """``scale * conv(x)``, scaling the weights: they are fewer than the activations."""
+    assert conv.bias is not None
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], conv.bias * scale)
+
+
 class Attention(BaseModule):
-    """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same."""
+    """1x1, GELU, gate, 1x1, plus its own input; scaled: (B, C, H, W) to the same."""
 
     def __init__(self, channels: int, kernel_size: int, attention: str):
         super().__init__()
         self.proj_1 = nn.Conv2d(channels, channels, 1)
-        self.activation = nn.GELU()
         self.spatial_gating_unit = LSKA(channels, kernel_size, attention)
         self.proj_2 = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gated = self.spatial_gating_unit(self.activation(self.proj_1(x)))
-        return self.proj_2(gated) + x
+    def gated(self, x: Tensor) -> Tensor:
+        """All but the last convolution."""
+        return self.spatial_gating_unit(conv_gelu(self.proj_1, x))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return torch.addcmul(conv1x1(self.proj_2, self.gated(x), scale), x, scale[:, None, None])
 
 
 class MLP(BaseModule):
-    """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back."""
+    """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back; scaled."""
 
     def __init__(self, channels: int, ratio: float, drop_rate: float):
         super().__init__()
         hidden = int(channels * ratio)
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.dwconv = depthwise_conv(hidden, (3, 3))
-        self.act = nn.GELU()
         self.fc2 = nn.Conv2d(hidden, channels, 1)
         self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.dwconv(self.fc1(x))))  # (B, ratio * C, H, W)
-        return self.drop(self.fc2(x))  # (B, C, H, W)
+    def hidden(self, x: Tensor) -> Tensor:
+        """All but the last convolution: (B, ratio * C, H, W)."""
+        return conv_gelu(self.dwconv, self.fc1(x))
+
+    def _project(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.drop(conv1x1(self.fc2, self.drop(x), scale))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._project(self.hidden(x), scale)
+        # Activated anew in the backward pass: the widest map is kept once, not twice.
+        return recompute(
+            lambda x, scale: self._project(gelu(x), scale),
+            self.dwconv(self.fc1(x)),
+            scale,
+            random=self.drop.p > 0,
+        )
 
 
 class Block(BaseModule):
@@ -86,17 +109,72 @@ class Block(BaseModule):
         self.layer_scale_1 = nn.Parameter(torch.full((channels,), 1e-2))
         self.layer_scale_2 = nn.Parameter(torch.full((channels,), 1e-2))
 
-    def _run(self, branch: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, branch: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
         # The norms stay outside: recomputed, they would count a batch twice.
-        if self.with_cp and torch.is_grad_enabled() and self.training:
-            return checkpoint(branch, x, use_reentrant=False)
-        return branch(x)
+        if self.with_cp and self.training:
+            return recompute(branch, x, scale, random=self.mlp.drop.p > 0)
+        return branch(x, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale_1 = self.layer_scale_1[:, None, None]
-        scale_2 = self.layer_scale_2[:, None, None]
-        x = x + self.drop_path(scale_1 * self._run(self.attn, self.norm1(x)))
-        return x + self.drop_path(scale_2 * self._run(self.mlp, self.norm2(x)))
+        x = x + self.drop_path(self._run(self.attn, self.norm1(x), self.layer_scale_1))
+        return x + self.drop_path(self._run(self.mlp, self.norm2(x), self.layer_scale_2))
+
+
+class FusedBlock(BaseModule):
+    """What `Block` computes in inference, norms and layer scales in its convolutions.
+
+    With BN(x) = a x + b and layer scale s, the first half of a block is
+    x + s (proj_2(g) + a x + b) = (1 + s a) x + (s proj_2(g) + s b).
+    """
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.attn, self.mlp = block.attn, block.mlp
+        scale_1, scale_2 = block.layer_scale_1, block.layer_scale_2
+        a, b = affine(block.norm1)
+        fold(self.attn.proj_1, before=(a, b))
+        fold(self.attn.proj_2, after=(scale_1, scale_1 * b))
+        fold(self.mlp.fc1, before=affine(block.norm2))
+        fold(self.mlp.fc2, after=(scale_2, torch.zeros_like(scale_2)))
+        self.shortcut = nn.Parameter((1 + scale_1 * a)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn, mlp = self.attn, self.mlp
+        x = conv1x1_add(attn.proj_2, attn.gated(x), x * self.shortcut)
+        return conv1x1_add(mlp.fc2, mlp.hidden(x), x)
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in inference as a factor and a summand for each channel.
+
+    Raises:
+        TypeError: If it is another norm, which depends on the image.
+    """
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        raise TypeError(f'Only BatchNorm can be part of a convolution, not {norm}.')
+    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return factor, norm.bias - factor * norm.running_mean  # type: ignore[operator]
+
+
+def fold(
+    conv: nn.Conv2d,
+    before: tuple[Tensor, Tensor] | None = None,
+    after: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Make a factor and a summand before or after a convolution part of it.
+
+    Before it they are exact at the borders only where nothing is padded.
+    """
+    assert conv.bias is not None
+    with torch.no_grad():
+        if before is not None:
+            factor, summand = before
+            conv.bias += (conv.weight * summand[None, :, None, None]).sum((1, 2, 3))
+            conv.weight *= factor[None, :, None, None]
+        if after is not None:
+            factor, summand = after
+            conv.bias.mul_(factor).add_(summand)
+            conv.weight *= factor[:, None, None, None]
 
 
 class PatchEmbed(BaseModule):
@@ -117,7 +195,7 @@ def _norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm`` over the channels of (B, C, H, W), wherever it wants them."""
     if type(norm) is not nn.LayerNorm:
         return norm(x)
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @MODELS.register_module()
@@ -143,6 +221,7 @@ class LSKAVAN(BaseModule):
             statistics; -1 freezes none.
         norm_eval: Keep BatchNorm's statistics fixed in training.
         with_cp: Recompute the branches in the backward pass to save memory.
+        deploy: Build what `switch_to_deploy` makes, to load its weights.
         norm_cfg: Norms of patch embeddings and blocks.
         stage_norm_cfg: Norm at the end of each stage.
         init_cfg: Initialisation, in MMEngine's form. Without it convolutions
@@ -165,6 +244,7 @@ class LSKAVAN(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        deploy: bool = False,
         norm_cfg: dict = dict(type='BN'),
         stage_norm_cfg: dict = dict(type='LN', eps=1e-6),
         init_cfg: dict | list | None = None,
@@ -206,9 +286,12 @@ class LSKAVAN(BaseModule):
             self.add_module(f'block{i + 1}', blocks)
             self.add_module(f'norm{i + 1}', build_norm_layer(stage_norm_cfg, channels)[1])
             in_channels = channels
+        self.deployed = False
+        if deploy:
+            self.eval().switch_to_deploy()
         self._freeze_stages()
 
-    def _stage(self, index: int) -> tuple[nn.Module, ModuleList, nn.Module]:
+    def _stage(self, index: int) -> tuple[Any, ModuleList, nn.Module]:
         names = ('patch_embed', 'block', 'norm')
         return tuple(getattr(self, f'{name}{index + 1}') for name in names)
 
@@ -222,6 +305,8 @@ class LSKAVAN(BaseModule):
             (B, embed_dims[i], H / 2^(i + 2), W / 2^(i + 2)) for stage i, sizes
             rounded up.
         """
+        if is_eager_cpu(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i in range(self.num_stages):
             patch_embed, blocks, norm = self._stage(i)
@@ -243,6 +328,30 @@ class LSKAVAN(BaseModule):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
         super().init_weights()
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Fold BatchNorms and layer scales into the convolutions, for inference.
+
+        The outputs stay the same but for rounding. Done twice, nothing more
+        happens. The state dict then is that of ``LSKAVAN(..., deploy=True)``.
+
+        Raises:
+            RuntimeError: In training mode, where batches have statistics of
+                their own.
+            TypeError: If ``norm_cfg`` is another norm than BatchNorm.
+        """
+        if self.deployed:
+            return
+        if self.training:
+            raise RuntimeError('switch_to_deploy() is for inference; call eval() first.')
+        for i in range(self.num_stages):
+            patch_embed, blocks, _ = self._stage(i)
+            fold(patch_embed.proj, after=affine(patch_embed.norm))
+            patch_embed.norm = nn.Identity()
+            for j, block in enumerate(blocks):
+                blocks[j] = FusedBlock(block).eval()
+        self.deployed = True
 
     def _freeze_stages(self) -> None:
         for i in range(self.frozen_stages + 1):

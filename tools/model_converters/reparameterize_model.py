@@ -1,0 +1,56 @@
+"""Fold norms and layer scales of a trained LSKA-VAN into its convolutions.
+
+    python tools/model_converters/reparameterize_model.py CONFIG CHECKPOINT SAVE_PATH
+
+What it saves is for inference, and gives the same outputs but for rounding. It
+loads with the same config and model.backbone.deploy=True.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+
+from lska_mm.checkpoint import CheckpointError
+from lska_mm.launch import check_weights
+
+
+def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
+    """Convert the backbone of any of the toolboxes' models.
+
+    Raises:
+        CheckpointError: If the checkpoint is not of the config's model.
+        TypeError: If the backbone has other norms than BatchNorm.
+    """
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model).eval()
+    check_weights(model, checkpoint)
+    load_checkpoint(model, checkpoint, map_location='cpu')
+    model.backbone.switch_to_deploy()
+    save_path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(state_dict=model.state_dict()), save_path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Make a checkpoint for inference')
+    parser.add_argument('config', help='config of the model')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('save_path', type=Path, help='file to write')
+    args = parser.parse_args()
+    try:
+        reparameterize(args.config, args.checkpoint, args.save_path)
+    except (CheckpointError, OSError, TypeError) as error:
+        print(f'reparameterize_model.py: {error}', file=sys.stderr)
+        return 1
+    print(f'written to {args.save_path}; it loads with model.backbone.deploy=True')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
