@@ -87,6 +87,14 @@ COMMANDS = {
         'python tools/train.py my_atss.py': (SHORT, 'Epoch(val) [12][1/1]'),
     },
     'docs/model_zoo.md': {},
+    'docs/performance.md': {
+        'python tools/model_converters/reparameterize_model.py demo/lska-van-tiny_fpn_nuclei.py '
+        'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth deployed.pth': (
+            [], 'it loads with model.backbone.deploy=True',
+        ),
+        'python tools/analysis_tools/benchmark.py --archs tiny --kernel-sizes 7 23 53 '
+        '--out work_dirs/benchmark': (['--help'], 'usage: benchmark.py'),
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,48 @@
+"""The benchmark's own logic, on images too small to tell anything about speed."""
+
+import json
+
+import benchmark
+import pytest
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """Run the benchmark for a moment, by default with nothing to object to."""
+    monkeypatch.setattr(benchmark, 'BUSY', 101)
+    monkeypatch.setattr(benchmark, 'SPREAD', 100)
+
+    def _main(*more):
+        command = ['benchmark.py', '--sizes', '32x64', '--seconds', '0.01', '--out', str(tmp_path)]
+        monkeypatch.setattr('sys.argv', [*command, *more])
+        return benchmark.main()
+
+    return _main
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_table_json_and_plot(main, tmp_path, train):
+    assert main('--kernel-sizes', '7', '11', *(['--train'] if train else [])) == 0
+    rows = json.loads((tmp_path / 'benchmark.json').read_text())
+    models = ['plain', 'default', 'van'] if train else ['plain', 'default', 'deployed', 'van']
+    assert [(row['kernel_size'], row['model']) for row in rows] == [
+        (k, model) for k in (7, 11) for model in models
+    ]
+    assert all(row['ratio'] == 1 for row in rows if row['model'] == 'plain')
+    assert all(row['milliseconds'] > 0 and row['runs'] >= 5 for row in rows)
+    assert (tmp_path / 'benchmark.md').read_text().count('\n') == 2 + len(rows)
+    assert (tmp_path / 'benchmark.png').exists()
+
+
+def test_a_busy_machine_is_refused(main, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, 'BUSY', -1)
+    assert main() == 1
+    assert 'of the CPUs are busy' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wide_spread_is_refused(main, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, 'SPREAD', 0)
+    assert main() == 1
+    assert 'plain, tiny k=7: times vary by' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,242 @@
+"""Time LSKA-VAN against the plain implementation and mmpretrain's VAN.
+
+    python tools/analysis_tools/benchmark.py [--archs tiny base] [--train] --out DIR
+
+All models run in one process, in turns, so that a change of the machine's
+speed meets all of them; medians and their ratios to the plain implementation
+are reported, with the share of the measured rate of matrix products that they
+reach. DIR takes benchmark.json, benchmark.md and, with several kernel sizes,
+benchmark.png. A busy machine or a wide spread is an error: nothing is reported.
+
+Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
+`LSKAVAN` as built; `deployed`, after `switch_to_deploy()`; `van`, mmpretrain's
+VAN of the same size, which has one kernel (21).
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import psutil
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lska_mm import LSKAVAN
+from plain_lska_van import plain_lska_van
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+BUSY = 10  # per cent of the machine that others may use
+SPREAD = 0.15  # half the interquartile range over the median
+
+
+def build(arch: str, kernel_size: int, train: bool) -> dict[str, nn.Module]:
+    """The models to compare, by name."""
+    models = dict(plain=plain_lska_van(arch, kernel_size), default=LSKAVAN(arch, kernel_size))
+    if not train:
+        models['deployed'] = LSKAVAN(arch, kernel_size).eval()
+        models['deployed'].switch_to_deploy()
+    try:
+        import mmpretrain.models  # noqa: F401
+
+        models['van'] = MODELS.build(dict(type='mmpretrain.VAN', arch=arch))
+    except ImportError:
+        print('benchmark: without van, mmpretrain is not installed')
+    return models
+
+
+def make_step(model: nn.Module, image: torch.Tensor, train: bool, amp: bool) -> Callable[[], None]:
+    """What is timed: an inference, or a forward and a backward pass."""
+
+    def step() -> None:
+        with torch.set_grad_enabled(train), torch.autocast(image.device.type, enabled=amp):
+            out = model(image)
+        if train:
+            out = out[-1] if isinstance(out, tuple) else out
+            out.float().sum().backward()
+            model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_once(step: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds of one step."""
+    if device.type == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def time_all(steps: dict, device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of many steps of each, in turns."""
+    for step in steps.values():  # warm up
+        step()
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+        for name, step in steps.items():
+            times[name].append(time_once(step, device))
+    return times
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Multiply-adds a second of a large matrix product, in G."""
+    a = torch.rand(2048, 2048, device=device)
+    times = [time_once(lambda: a @ a, device) for _ in range(7)]
+    return 2048**3 / min(times) / 1e6
+
+
+def peak_memory(step: Callable[[], None], device: torch.device) -> float | None:
+    """MiB on the GPU during a step; on a CPU nothing counts it."""
+    if device.type != 'cuda':
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
+    """Of convolutions and matrix products, in inference."""
+    counter = FlopCounterMode(display=False)
+    with counter:  # with gradients: oneDNN's fused operators are not counted
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, size) -> list[dict]:
+    """A row a model.
+
+    Raises:
+        RuntimeError: If times vary too much; names the model.
+    """
+    device = torch.device(args.device)
+    image = torch.rand(batch, 3, *size, device=device)
+    models = build(arch, kernel_size, args.train)
+    steps = {}
+    for name, model in models.items():
+        model.to(device).train(args.train)
+        steps[name] = make_step(model, image, args.train, args.amp)
+    rate = matmul_rate(device)
+    times = time_all(steps, device, args.seconds)
+    passes = 3 if args.train else 1  # a backward pass costs two forward ones
+    rows = []
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        spread = (high - low) / 2 / median
+        if spread > SPREAD:
+            raise RuntimeError(
+                f'{name}, {arch} k={kernel_size}: times vary by {spread:.0%} around the median, '
+                f'more than {SPREAD:.0%}. Let nothing else run, and try again.'
+            )
+        work = passes * multiply_adds(models[name], image) / 1e6
+        rows.append(
+            dict(
+                arch=arch, kernel_size=kernel_size, batch=batch, height=size[0], width=size[1],
+                model=name, milliseconds=median, spread=spread, runs=len(values),
+                ratio=statistics.median(times['plain']) / median,
+                share=work / median / rate, memory=peak_memory(steps[name], device),
+            )
+        )  # fmt: skip
+        print(format_row(rows[-1]), flush=True)
+    return rows
+
+
+HEAD = ['arch', 'k', 'batch', 'size', 'model', 'ms', '±', 'ratio', 'of matmul', 'MiB']
+
+
+def format_row(row: dict) -> str:
+    """A row of the table, in Markdown."""
+    cells = [
+        row['arch'], row['kernel_size'], row['batch'], f'{row["height"]}x{row["width"]}',
+        row['model'], f'{row["milliseconds"]:.1f}', f'{row["spread"]:.0%}',
+        f'{row["ratio"]:.2f}', f'{row["share"]:.0%}',
+        '' if row['memory'] is None else f'{row["memory"]:.0f}',
+    ]  # fmt: skip
+    return f'| {" | ".join(map(str, cells))} |'
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time against kernel size, a panel an arch, batch and image size."""
+    panels: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = (row['arch'], row['batch'], f'{row["height"]}x{row["width"]}')
+        panels.setdefault(key, []).append(row)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.8), layout='constrained', squeeze=False
+    )
+    for axis, (key, members) in zip(axes.flat, panels.items()):
+        for name in dict.fromkeys(row['model'] for row in members):
+            points = [(r['kernel_size'], r['milliseconds']) for r in members if r['model'] == name]
+            axis.plot(*zip(*points), marker='o', label=name)
+        axis.set(title='{}, batch {}, {}'.format(*key), xlabel='kernel size', ylabel='ms a batch')
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize='small')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, width = text.split('x')
+    return int(height), int(width)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Time LSKA-VAN against its peers')
+    parser.add_argument('--archs', nargs='+', default=['tiny'], choices=['tiny', 'small', 'base'])
+    parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 23, 53])
+    parser.add_argument('--batches', nargs='+', type=int, default=[1])
+    parser.add_argument('--sizes', nargs='+', type=parse_size, default=[(224, 224)],
+                        metavar='HEIGHTxWIDTH')  # fmt: skip
+    parser.add_argument('--train', action='store_true', help='forward and backward pass')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--seconds', type=float, default=10, help='for each combination')
+    parser.add_argument('--out', type=Path, required=True, help='folder for table and plot')
+    args = parser.parse_args()
+    busy = psutil.cpu_percent(interval=2)
+    if busy > BUSY:
+        print(f'benchmark: {busy:.0f} % of the CPUs are busy; let nothing else run.',
+              file=sys.stderr)  # fmt: skip
+        return 1
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
+    print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
+    header = f'| {" | ".join(HEAD)} |\n|{" --- |" * len(HEAD)}'
+    print(header)
+    rows = []
+    try:
+        for combination in itertools.product(
+            args.archs, args.kernel_sizes, args.batches, args.sizes
+        ):
+            rows += measure(args, *combination)
+    except RuntimeError as error:
+        print(f'benchmark: {error}', file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / 'benchmark.json').write_text(json.dumps(rows, indent=1))
+    table = '\n'.join([header, *map(format_row, rows)])
+    (args.out / 'benchmark.md').write_text(f'{table}\n')
+    if len(args.kernel_sizes) > 1:
+        plot(rows, args.out / 'benchmark.png')
+    print(f'written to {args.out}/benchmark.*')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
