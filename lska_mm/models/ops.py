@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import is_compiling
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
+
+if hasattr(torch.compiler, 'is_compiling'):
+    from torch.compiler import is_compiling
+else:  # torch 2.1
+    from torch._dynamo import is_compiling
 
 
 def is_eager_cpu(x: Tensor) -> bool:
