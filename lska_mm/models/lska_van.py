@@ -315,7 +315,8 @@ class LSKAVAN(BaseModule):
                 x = block(x)
             x = _norm_channels(norm, x)
             outs.append(x)
-        return tuple(outs[i] for i in self.out_indices)
+        # Some heads ask for the ordinary layout: deformable convolutions, `view`.
+        return tuple(outs[i].contiguous() for i in self.out_indices)
 
     def init_weights(self) -> None:
         """Initialise as ``init_cfg`` says, without one as the paper does."""
