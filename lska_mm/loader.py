@@ -140,7 +140,8 @@ def load_from_local(path: str, map_location: Any = None) -> Any:
         checkpoint = (
             {**checkpoint, 'state_dict': converted} if 'state_dict' in checkpoint else converted
         )
-    if state_dict and all(isinstance(value, Tensor) for value in state_dict.values()):
+    tensors = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items())
+    if state_dict and tensors:
         print_log(f'{path} holds {summarize(state_dict)}', logger='current')
     return checkpoint
 
