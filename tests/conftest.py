@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 
 import lska_mm  # noqa: F401  (registers the backbone)
 
@@ -57,6 +60,27 @@ def segmentation_data(cfg):
     ]
     inputs = [torch.randint(256, (3, 64, 96), dtype=torch.uint8) for _ in samples]
     return dict(inputs=inputs, data_samples=samples)
+
+
+def train_one_step(cfg, data):
+    """Build a config's model from random weights, check a step of it; the model."""
+    torch.manual_seed(0)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    if 'num_queries' in cfg.model:  # no more than the small images have pixels
+        cfg.model.num_queries = 100
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (64, 96)
+    MessageHub.get_current_instance().update_info('epoch', 0)  # as the Runner does
+    model = MODELS.build(cfg.model).train()
+    model.init_weights()
+    before = model.backbone.patch_embed1.proj.weight.clone()
+    losses = model.train_step(data(cfg), build_optim_wrapper(model, cfg.optim_wrapper))
+    assert losses['loss'].isfinite()
+    assert not torch.equal(model.backbone.patch_embed1.proj.weight, before)
+    return model
 
 
 @pytest.fixture(scope='session')

@@ -7,11 +7,8 @@ prediction, as in docs/new_heads.md.
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
 
-from conftest import ROOT, detection_data, segmentation_data
+from conftest import ROOT, detection_data, segmentation_data, train_one_step
 
 DETECTOR = """\
 _base_ = 'mmdet::{base}.py'
@@ -85,21 +82,8 @@ def train_and_predict(config, text, data):
     """Write a config, build it, train one step; returns what it then predicts."""
     assert len(text.splitlines()) <= 15
     config.write_text(text)
-    torch.manual_seed(0)
     cfg = Config.fromfile(config)
-    init_default_scope(cfg.default_scope)
-    cfg.model.backbone.init_cfg = None
-    if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = (64, 96)
-    if 'num_queries' in cfg.model:  # no more than the test's images have pixels
-        cfg.model.num_queries = 100
-    MessageHub.get_current_instance().update_info('epoch', 0)  # as the Runner does
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    before = model.backbone.patch_embed1.proj.weight.clone()
-    losses = model.train_step(data(cfg), build_optim_wrapper(model, cfg.optim_wrapper))
-    assert losses['loss'].isfinite()
-    assert not torch.equal(model.backbone.patch_embed1.proj.weight, before)
+    model = train_one_step(cfg, data)
     model.eval()
     with torch.no_grad():
         return model.test_step(data(cfg))
