@@ -19,10 +19,11 @@ from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-import lska_mm  # noqa: F401  (registers the backbone)
+from lska_mm import LSKAVAN  # registers it too
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / 'tests/reference'), str(ROOT / 'tools/analysis_tools')]
+FOLDERS = ('tests/reference', 'tools/analysis_tools', 'tools/deployment')
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 from build_state import build_image, build_state  # noqa: E402
 
 REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')
@@ -36,6 +37,32 @@ def published_state(arch='tiny', kernel_size=23):
 
 def reference_image(side=96):
     return torch.as_tensor(build_image(2, side))
+
+
+def published(arch='tiny', k=23):
+    """A backbone with the reference weights, in inference."""
+    state = published_state(arch, k)
+    backbone = LSKAVAN(arch, k, out_indices=(0, 1, 2, 3)).eval()
+    backbone.load_state_dict({key: v for key, v in state.items() if not key.startswith('head')})
+    return backbone
+
+
+def reference_error(stages, arch='tiny', k=23):
+    """Largest difference of the stages' outputs from the published ones."""
+    return max(
+        (stage[:, ::8] - torch.as_tensor(REFERENCE[f'{arch}-k{k}-96/stage{i}'])).abs().max().item()
+        for i, stage in enumerate(stages, start=1)
+    )
+
+
+SMALL = dict(embed_dims=[8, 16], depths=[2, 1], ffn_ratios=[4, 2])
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    backbone = LSKAVAN(**{**dict(arch=SMALL, kernel_size=11, out_indices=(0, 1)), **kwargs})
+    backbone.init_weights()
+    return backbone
 
 
 def detection_data(cfg):

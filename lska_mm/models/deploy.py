@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .ops import conv1x1_add
+from .ops import PackedConv2d, bottleneck, conv1x1_add
 
 if TYPE_CHECKING:
     from .lska_van import Block
@@ -34,7 +34,7 @@ class FusedBlock(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         attn, mlp = self.attn, self.mlp
         x = conv1x1_add(attn.proj_2, attn.gated(x), x * self.shortcut)
-        return conv1x1_add(mlp.fc2, mlp.hidden(x), x)
+        return bottleneck(mlp.fc1, mlp.dwconv, mlp.fc2, x, x)
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -68,3 +68,11 @@ def fold(
             factor, summand = after
             conv.bias.mul_(factor).add_(summand)
             conv.weight *= factor[:, None, None, None]
+
+
+def pack(module: nn.Module) -> None:
+    """Make the dense convolutions in ``module`` `PackedConv2d`."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Conv2d:
+                setattr(parent, name, PackedConv2d.of(child))

@@ -13,7 +13,7 @@ from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .ops import depthwise_conv, multiply
+from .ops import DepthwiseConv2d, multiply
 
 ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
@@ -121,8 +121,8 @@ class LSKA(Sequential):
         init_cfg: dict | list | None = None,
     ):
         layout = kernel_layout(attention, kernel_size)
-        convs = OrderedDict(
-            (name, depthwise_conv(channels, *conv)) for name, conv in layout.items()
+        convs: OrderedDict[str, nn.Module] = OrderedDict(
+            (name, DepthwiseConv2d(channels, *conv)) for name, conv in layout.items()
         )
         convs['conv1'] = nn.Conv2d(channels, channels, 1)
         super().__init__(convs, init_cfg=init_cfg)

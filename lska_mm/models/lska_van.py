@@ -21,9 +21,17 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import adapt_state_dict
-from .deploy import FusedBlock, affine, fold
+from .deploy import FusedBlock, affine, fold, pack
 from .lska import LSKA
-from .ops import conv_gelu, depthwise_conv, gelu, is_eager_cpu, recompute
+from .ops import (
+    DepthwiseConv2d,
+    bottleneck,
+    conv1x1_add,
+    conv_gelu,
+    gelu,
+    is_eager_cpu,
+    recompute,
+)
 
 ARCHS = dict(
     tiny=dict(embed_dims=[32, 64, 160, 256], depths=[3, 3, 5, 2], ffn_ratios=[8, 8, 4, 4]),
@@ -34,13 +42,16 @@ ARCHS = dict(
 
 
 def conv1x1(conv: nn.Conv2d, x: Tensor, scale: Tensor) -> Tensor:
-    """``scale * conv(x)``, scaling the weights: they are fewer than the activations."""
+    """``scale * conv(x)``, scaling the weights: nothing of the map's size is kept for it."""
     assert conv.bias is not None
     return F.conv2d(x, conv.weight * scale[:, None, None, None], conv.bias * scale)
 
 
 class Attention(BaseModule):
-    """1x1, GELU, gate, 1x1, plus its own input; scaled: (B, C, H, W) to the same."""
+    """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same.
+
+    In training the sum is scaled; without a scale the memory of ``x`` is used up.
+    """
 
     def __init__(self, channels: int, kernel_size: int, attention: str):
         super().__init__()
@@ -52,34 +63,33 @@ class Attention(BaseModule):
         """All but the last convolution."""
         return self.spatial_gating_unit(conv_gelu(self.proj_1, x))
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return torch.addcmul(conv1x1(self.proj_2, self.gated(x), scale), x, scale[:, None, None])
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        gated = self.gated(x)
+        if scale is None:
+            return conv1x1_add(self.proj_2, gated, x)
+        return torch.addcmul(conv1x1(self.proj_2, gated, scale), x, scale[:, None, None])
 
 
 class MLP(BaseModule):
-    """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back; scaled."""
+    """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back.
+
+    In training the result is scaled.
+    """
 
     def __init__(self, channels: int, ratio: float, drop_rate: float):
         super().__init__()
         hidden = int(channels * ratio)
         self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.dwconv = depthwise_conv(hidden, (3, 3))
+        self.dwconv = DepthwiseConv2d(hidden, (3, 3))
         self.fc2 = nn.Conv2d(hidden, channels, 1)
         self.drop = nn.Dropout(drop_rate)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """All but the last convolution: (B, ratio * C, H, W)."""
-        return conv_gelu(self.dwconv, self.fc1(x))
-
-    def _project(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self.drop(conv1x1(self.fc2, self.drop(x), scale))
-
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self._project(self.hidden(x), scale)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if scale is None:
+            return bottleneck(self.fc1, self.dwconv, self.fc2, x)
         # Activated anew in the backward pass: the widest map is kept once, not twice.
         return recompute(
-            lambda x, scale: self._project(gelu(x), scale),
+            lambda x, scale: self.drop(conv1x1(self.fc2, self.drop(gelu(x)), scale)),
             self.dwconv(self.fc1(x)),
             scale,
             random=self.drop.p > 0,
@@ -110,15 +120,20 @@ class Block(BaseModule):
         self.layer_scale_1 = nn.Parameter(torch.full((channels,), 1e-2))
         self.layer_scale_2 = nn.Parameter(torch.full((channels,), 1e-2))
 
-    def _run(self, branch: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
-        # The norms stay outside: recomputed, they would count a batch twice.
+    def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, scale: Tensor) -> Tensor:
+        """Add scale * branch(norm(x)) to ``x``."""
+        if not (self.training or torch.is_grad_enabled()):
+            return torch.addcmul(x, branch(norm(x)), scale[:, None, None])
         if self.with_cp and self.training:
-            return recompute(branch, x, scale, random=self.mlp.drop.p > 0)
-        return branch(x, scale)
+            # The norm stays outside: recomputed, it would count a batch twice.
+            return x + self.drop_path(
+                recompute(branch, norm(x), scale, random=self.mlp.drop.p > 0)
+            )
+        return x + self.drop_path(branch(norm(x), scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self._run(self.attn, self.norm1(x), self.layer_scale_1))
-        return x + self.drop_path(self._run(self.mlp, self.norm2(x), self.layer_scale_2))
+        x = self._add(x, self.norm1, self.attn, self.layer_scale_1)
+        return self._add(x, self.norm2, self.mlp, self.layer_scale_2)
 
 
 class PatchEmbed(BaseModule):
@@ -296,6 +311,7 @@ class LSKAVAN(BaseModule):
             patch_embed.norm = nn.Identity()
             for j, block in enumerate(blocks):
                 blocks[j] = FusedBlock(block).eval()
+        pack(self)
         self.deployed = True
 
     def _freeze_stages(self) -> None:

@@ -14,8 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 if hasattr(torch.compiler, 'is_compiling'):
     from torch.compiler import is_compiling
+
+    def _is_autocast() -> bool:
+        return torch.is_autocast_enabled('cpu')
 else:  # torch 2.1
     from torch._dynamo import is_compiling
+
+    _is_autocast = torch.is_autocast_cpu_enabled
+
+
+ALL = slice(None)
+CACHED = 2**20  # numbers of a map that stay in the cache until they are used: 4 MiB
 
 
 def is_eager_cpu(x: Tensor) -> bool:
@@ -29,7 +38,7 @@ def _can_fuse(x: Tensor) -> bool:
         is_eager_cpu(x)
         and not torch.is_grad_enabled()
         and x.dtype == torch.float32
-        and not torch.is_autocast_cpu_enabled()
+        and not _is_autocast()
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
     )
@@ -44,22 +53,65 @@ def gelu(x: Tensor) -> Tensor:
 
 def conv_gelu(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """GELU(conv(x)), in one pass over the map."""
-    if not _can_fuse(x):
-        return gelu(conv(x))
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups,
-        'gelu', [], 'none',
-    )  # fmt: skip
+    return _convolve(conv, x, 'gelu') if _can_fuse(x) else gelu(conv(x))
 
 
 def conv1x1_add(conv: nn.Conv2d, x: Tensor, shortcut: Tensor) -> Tensor:
-    """conv(x) + ``shortcut``, in one pass over the map."""
+    """conv(x) + ``shortcut``; without gradients in its memory, so it must be a temporary."""
+    return _convolve_add(conv, x, shortcut) if _can_fuse(x) else conv(x) + shortcut
+
+
+def bottleneck(
+    fc1: nn.Conv2d, dwconv: nn.Conv2d, fc2: nn.Conv2d, x: Tensor, shortcut: Tensor | None = None
+) -> Tensor:
+    """fc2(GELU(dwconv(fc1(x)))) + ``shortcut``, without gradients.
+
+    What lies between is several times as wide as ``x``. Where it is large, it
+    is computed some channels at a time, which stay in the processor's cache.
+    """
     if not _can_fuse(x):
-        return conv(x) + shortcut
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        x, shortcut, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation,
-        conv.groups, 'add', 1.0, None, [], None,
-    )  # fmt: skip
+        out = fc2(gelu(dwconv(fc1(x))))
+        return out if shortcut is None else out + shortcut
+    channels, pixels = dwconv.out_channels, x[:, 0].numel()
+    width = min(channels, max(32, CACHED // pixels // 32 * 32))
+    out = shortcut if width == channels or shortcut is None else shortcut.clone()
+    for start in range(0, channels, width):
+        part = slice(start, start + width) if width < channels else ALL
+        hidden = _convolve(dwconv, _convolve(fc1, x, 'none', part), 'gelu', part)
+        if out is None:
+            out = _convolve(fc2, hidden, 'none', inputs=part)
+        else:
+            out = _convolve_add(fc2, hidden, out, part, with_bias=start == 0)
+    return out
+
+
+def _arguments(conv: nn.Conv2d, x: Tensor, outputs: slice = ALL, inputs: slice = ALL) -> tuple:
+    """What oneDNN wants to know of a convolution, or of some of its channels."""
+    if isinstance(conv, PackedConv2d) and outputs is inputs is ALL:
+        weight = conv.packed_weight(x)
+    else:
+        weight = conv.weight[outputs, inputs]
+    bias = None if conv.bias is None else conv.bias[outputs]
+    groups = 1 if conv.groups == 1 else x.shape[1]
+    return weight, bias, conv.padding, conv.stride, conv.dilation, groups
+
+
+def _convolve(
+    conv: nn.Conv2d, x: Tensor, activation: str, outputs: slice = ALL, inputs: slice = ALL
+) -> Tensor:
+    """A convolution by oneDNN with an activation inside."""
+    arguments = _arguments(conv, x, outputs, inputs)
+    return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], 'none')
+
+
+def _convolve_add(
+    conv: nn.Conv2d, x: Tensor, shortcut: Tensor, inputs: slice = ALL, with_bias: bool = True
+) -> Tensor:
+    """A convolution by oneDNN, added into ``shortcut``."""
+    weight, bias, *rest = _arguments(conv, x, inputs=inputs)
+    return torch.ops.mkldnn._convolution_pointwise_.binary(
+        shortcut, x, weight, bias if with_bias else None, *rest, 'add', 1.0, None, [], None
+    )
 
 
 def multiply(x: Tensor, y: Tensor) -> Tensor:
@@ -77,34 +129,118 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor, random: bool) ->
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
 
 
-class DilatedRowConv2d(nn.Conv2d):
-    """A 1 x n convolution, computed as n x 1.
+class PackedConv2d(nn.Conv2d):
+    """A convolution for inference that also keeps its weights in oneDNN's own order.
 
-    In channels_last, B maps of H x W are in memory what B * H maps of W x 1
-    are. Seen so, which copies nothing, the kernel is vertical; with dilation,
-    oneDNN takes a slow path for horizontal ones.
+    Without it oneDNN brings them there in every call, which for small maps
+    takes as long as the convolution. They are packed again after a change
+    that PyTorch counts, as by ``load_state_dict``; not after one through ``.data``.
     """
+
+    _packed: tuple | None = None
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> 'PackedConv2d':
+        """The same convolution, with the same parameters."""
+        packed = cls.__new__(cls)
+        packed.__dict__.update(conv.__dict__)
+        return packed
+
+    def packed_weight(self, x: Tensor) -> Tensor:
+        """The weights in the order that suits maps of the size of the first ``x``."""
+        weight = self.weight
+        key = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        if self._packed is None or self._packed[0] != key:
+            packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                weight.detach().to_mkldnn(), self.padding, self.stride, self.dilation,
+                self.groups, list(x.shape),
+            )  # fmt: skip
+            self._packed = (key, packed)
+        return self._packed[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W)."""
-        if not is_eager_cpu(x):
-            return super().forward(x)
-        batch, channels, height, width = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(batch * height, width, 1, channels)
-        rows = F.conv2d(
-            rows.permute(0, 3, 1, 2),
-            self.weight.transpose(2, 3),
-            self.bias,
-            padding=self.padding[::-1],
-            dilation=self.dilation[::-1],
-            groups=self.groups,
+        return _convolve(self, x, 'none') if _can_fuse(x) else super().forward(x)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != '_packed'}
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depth-wise convolution that keeps height and width; odd kernels.
+
+    1-D kernels are computed as columns. In channels_last, B maps of H x W are in
+    memory what B * H maps of W x 1 are; seen so, which copies nothing, a row is
+    a column. oneDNN takes slow paths for rows: for their gradients, and where
+    they are dilated.
+    """
+
+    def __init__(self, channels: int, kernel: tuple[int, int], dilation: int = 1):
+        height, width = kernel
+        padding = (dilation * (height - 1) // 2, dilation * (width - 1) // 2)
+        super().__init__(
+            channels, channels, kernel, padding=padding, dilation=dilation, groups=channels
         )
-        return rows.permute(0, 2, 3, 1).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W)."""
+        height, width = self.kernel_size
+        dilation = self.dilation[0]
+        if not is_eager_cpu(x) or min(height, width) > 1:
+            return super().forward(x)
+        if width == 1:
+            return _convolve_columns(x, self.weight, self.bias, dilation)
+        if dilation == 1 and not torch.is_grad_enabled():
+            return super().forward(x)
+        b, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(b * h, w, 1, c).permute(0, 3, 1, 2)
+        rows = _convolve_columns(rows, self.weight.transpose(2, 3), self.bias, dilation)
+        return rows.permute(0, 2, 3, 1).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def depthwise_conv(channels: int, kernel: tuple[int, int], dilation: int = 1) -> nn.Conv2d:
-    """A depth-wise convolution that keeps height and width; odd kernels."""
-    height, width = kernel
-    padding = (dilation * (height - 1) // 2, dilation * (width - 1) // 2)
-    conv = DilatedRowConv2d if height == 1 and dilation > 1 else nn.Conv2d
-    return conv(channels, channels, kernel, padding=padding, dilation=dilation, groups=channels)
+def _convolve_columns(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """A depth-wise n x 1 convolution of (B, C, H, W)."""
+    if dilation > 1 and torch.is_grad_enabled() and not _is_autocast():
+        return _DilatedColumns.apply(x, weight, bias, dilation)
+    padding = (dilation * (weight.shape[2] // 2), 0)
+    return F.conv2d(x, weight, bias, 1, padding, (dilation, 1), x.shape[1])
+
+
+class _DilatedColumns(torch.autograd.Function):
+    """The same with gradients as fast as itself; oneDNN's are several times slower.
+
+    The input's gradient is a convolution with the kernel turned round. For the
+    weights', ``dilation`` rows of a map are seen as one row so many times as
+    wide, where the taps are neighbours: again nothing is copied, but the rows
+    that are missing at the end.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        return _convolve_columns(x, weight, bias, dilation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        channels, _, size, _ = weight.shape
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _convolve_columns(grad, weight.flip(2), None, ctx.dilation)
+        mask = [False, *ctx.needs_input_grad[1:3]]
+        if any(mask):
+            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                _widen(grad, ctx.dilation), _widen(x, ctx.dilation), weight, [channels],
+                (1, 1), (size // 2, 0), (1, 1), False, (0, 0), channels, mask,
+            )  # fmt: skip
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _widen(x: Tensor, rows: int) -> Tensor:
+    """Maps (B, C, H, W) as (B, C, H / rows, rows * W), with rows of zeros to fill the last."""
+    batch, channels, height, width = x.shape
+    x = x.permute(0, 2, 3, 1)
+    if height % rows:
+        x = F.pad(x, (0, 0, 0, 0, 0, -height % rows))
+    return x.reshape(batch, -1, rows * width, channels).permute(0, 3, 1, 2)

@@ -10,38 +10,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import REFERENCE, published_state, reference_image
+from conftest import REFERENCE, SMALL, published_state, reference_image, small
 from lska_mm import LSKAVAN
-from lska_mm.checkpoint import CheckpointError
-from lska_mm.models.lska import ATTENTIONS
-from lska_mm.models.ops import depthwise_conv
-from plain_lska_van import plain_lska_van
-
-SMALL = dict(embed_dims=[8, 16], depths=[2, 1], ffn_ratios=[4, 2])
-
-
-def small(**kwargs):
-    torch.manual_seed(0)
-    backbone = LSKAVAN(**{**dict(arch=SMALL, kernel_size=11, out_indices=(0, 1)), **kwargs})
-    backbone.init_weights()
-    return backbone
-
-
-def published(arch='tiny', k=23):
-    """A backbone with the reference weights, in inference."""
-    state = published_state(arch, k)
-    backbone = LSKAVAN(arch, k, out_indices=(0, 1, 2, 3)).eval()
-    backbone.load_state_dict({key: v for key, v in state.items() if not key.startswith('head')})
-    return backbone
-
-
-def reference_error(stages, arch='tiny', k=23):
-    """Largest difference of the stages' outputs from the published ones."""
-    return max(
-        (stage[:, ::8] - torch.as_tensor(REFERENCE[f'{arch}-k{k}-96/stage{i}'])).abs().max().item()
-        for i, stage in enumerate(stages, start=1)
-    )
-
 
 # --- Against the published implementation ------------------------------------
 
@@ -339,13 +309,6 @@ def test_bf16_autocast():
     assert all(p.grad.isfinite().all() for p in backbone.parameters())
 
 
-def test_compiles_as_one_graph():
-    backbone, x = small().eval(), torch.rand(1, 3, 64, 64)
-    compiled = torch.compile(backbone, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), backbone(x), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_equal_and_independent(clone):
     backbone, x = small().eval(), torch.rand(1, 3, 32, 32)
@@ -355,128 +318,3 @@ def test_copies_are_equal_and_independent(clone):
     twin.load_state_dict({k: v + 1 for k, v in twin.state_dict().items()})
     assert torch.equal(backbone(x)[1], expected)
     assert not torch.equal(twin(x)[1], expected)
-
-
-# --- Deployed ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(('arch', 'k'), [('tiny', 7), ('tiny', 23), ('small', 35)])
-def test_deployed_gives_the_published_outputs(arch, k):
-    backbone = published(arch, k)
-    backbone.switch_to_deploy()
-    assert not any(isinstance(module, _BatchNorm) for module in backbone.modules())
-    with torch.no_grad():
-        difference = reference_error(backbone(reference_image()), arch, k)
-    print(f'{arch} k={k} deployed: largest difference {difference:.1e}')
-    assert difference <= 1e-5
-
-
-@pytest.mark.parametrize('attention', ATTENTIONS)
-def test_deployed_equals_itself_before(attention):
-    backbone = small(attention=attention)
-    for module in backbone.modules():  # statistics and scales as after a training
-        if isinstance(module, _BatchNorm):
-            for values in (module.running_mean, module.weight, module.bias):
-                nn.init.normal_(values)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    for name, parameter in backbone.named_parameters():
-        if 'layer_scale' in name:
-            nn.init.normal_(parameter)
-    backbone.double()  # to tell an error from rounding
-    image = torch.rand(2, 3, 61, 83).double()
-    with torch.no_grad():
-        before = backbone.eval()(image)
-        backbone.switch_to_deploy()
-        state = copy.deepcopy(backbone.state_dict())
-        backbone.switch_to_deploy()  # a second time changes nothing
-        assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
-        for out, expected in zip(backbone(image), before):
-            torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
-
-
-def test_deployed_state_dict_reloads():
-    backbone = small().eval()
-    backbone.switch_to_deploy()
-    again = small(deploy=True)
-    again.load_state_dict(backbone.state_dict())
-    image = torch.rand(1, 3, 32, 32)
-    for out, expected in zip(again(image), backbone(image)):
-        assert torch.equal(out, expected)
-    with pytest.raises(CheckpointError, match='tensors are missing'):
-        small().load_state_dict(backbone.state_dict())
-
-
-def test_deploying_in_training_mode_is_refused():
-    with pytest.raises(RuntimeError, match=r'call eval\(\) first'):
-        small().train().switch_to_deploy()
-
-
-def test_deploying_other_norms_is_refused_and_changes_nothing():
-    backbone = small(norm_cfg=dict(type='GN', num_groups=2)).eval()
-    before = copy.deepcopy(backbone.state_dict())
-    with pytest.raises(TypeError, match='Only BatchNorm can be part of a convolution, not GroupN'):
-        backbone.switch_to_deploy()
-    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
-
-
-# --- The fast ways -------------------------------------------------------------
-
-
-def test_every_way_to_compute_gives_the_published_outputs():
-    """With and without gradients, without oneDNN, traced, deployed and traced."""
-    backbone, image = published(), reference_image()
-    assert reference_error(backbone(image)) <= 1e-5
-    for deploy in (False, True):
-        with torch.no_grad():
-            if deploy:
-                backbone.switch_to_deploy()
-            traced = torch.jit.trace(backbone, image, check_trace=False)
-            assert reference_error(traced(image)) <= 1e-5
-            with torch.backends.mkldnn.flags(enabled=False):
-                assert reference_error(backbone(image)) <= 1e-5
-
-
-def test_dilated_row_convolution_equals_the_plain_one():
-    conv = depthwise_conv(6, (1, 7), 3)
-    x = torch.rand(2, 6, 5, 29, requires_grad=True)
-    plain = functional.conv2d(x, conv.weight, conv.bias, padding=(0, 9), dilation=3, groups=6)
-    torch.testing.assert_close(conv(x), plain)
-    weights = torch.rand_like(plain)
-    found = torch.autograd.grad((conv(x) * weights).sum(), [x, conv.weight, conv.bias])
-    expected = torch.autograd.grad((plain * weights).sum(), [x, conv.weight, conv.bias])
-    for ours, theirs in zip(found, expected):
-        torch.testing.assert_close(ours, theirs)
-
-
-# --- Memory ----------------------------------------------------------------------
-
-
-def saved_bytes(model, image):
-    """Bytes kept for the backward pass, each storage once, parameters not."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outs = model(image)
-    del outs
-    return sum(size for size, _ in kept.values())
-
-
-@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
-def test_memory_in_training(arch):
-    image = torch.rand(1, 3, 224, 224)
-    plain = saved_bytes(plain_lska_van(arch, 23).train(), image)
-    ours = saved_bytes(LSKAVAN(arch).train(), image)
-    with_cp = saved_bytes(LSKAVAN(arch, with_cp=True).train(), image)
-    print(
-        f'{arch}: plain {plain / 2**20:.0f} MiB, default {ours / plain:.2f} of it, '
-        f'with_cp {with_cp / plain:.2f}'
-    )
-    assert ours <= 0.80 * plain
-    assert with_cp <= 0.45 * plain

@@ -1,0 +1,71 @@
+"""Norms and scales folded into convolutions."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from conftest import published, reference_error, reference_image, small
+from lska_mm.checkpoint import CheckpointError
+from lska_mm.models.lska import ATTENTIONS
+
+
+@pytest.mark.parametrize(('arch', 'k'), [('tiny', 7), ('tiny', 23), ('small', 35)])
+def test_deployed_gives_the_published_outputs(arch, k):
+    backbone = published(arch, k)
+    backbone.switch_to_deploy()
+    assert not any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    with torch.no_grad():
+        difference = reference_error(backbone(reference_image()), arch, k)
+    print(f'{arch} k={k} deployed: largest difference {difference:.1e}')
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_deployed_equals_itself_before(attention):
+    backbone = small(attention=attention)
+    for module in backbone.modules():  # statistics and scales as after a training
+        if isinstance(module, _BatchNorm):
+            for values in (module.running_mean, module.weight, module.bias):
+                nn.init.normal_(values)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    for name, parameter in backbone.named_parameters():
+        if 'layer_scale' in name:
+            nn.init.normal_(parameter)
+    backbone.double()  # to tell an error from rounding
+    image = torch.rand(2, 3, 61, 83).double()
+    with torch.no_grad():
+        before = backbone.eval()(image)
+        backbone.switch_to_deploy()
+        state = copy.deepcopy(backbone.state_dict())
+        backbone.switch_to_deploy()  # a second time changes nothing
+        assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
+        for out, expected in zip(backbone(image), before):
+            torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_deployed_state_dict_reloads():
+    backbone = small().eval()
+    backbone.switch_to_deploy()
+    again = small(deploy=True)
+    again.load_state_dict(backbone.state_dict())
+    image = torch.rand(1, 3, 32, 32)
+    for out, expected in zip(again(image), backbone(image)):
+        assert torch.equal(out, expected)
+    with pytest.raises(CheckpointError, match='tensors are missing'):
+        small().load_state_dict(backbone.state_dict())
+
+
+def test_deploying_in_training_mode_is_refused():
+    with pytest.raises(RuntimeError, match=r'call eval\(\) first'):
+        small().train().switch_to_deploy()
+
+
+def test_deploying_other_norms_is_refused_and_changes_nothing():
+    backbone = small(norm_cfg=dict(type='GN', num_groups=2)).eval()
+    before = copy.deepcopy(backbone.state_dict())
+    with pytest.raises(TypeError, match='Only BatchNorm can be part of a convolution, not GroupN'):
+        backbone.switch_to_deploy()
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())

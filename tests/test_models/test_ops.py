@@ -1,0 +1,85 @@
+"""The fast ways to compute, and what they keep for the backward pass."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from conftest import published, reference_error, reference_image
+from lska_mm import LSKAVAN
+from lska_mm.models.ops import DepthwiseConv2d
+from plain_lska_van import plain_lska_van
+
+
+def test_every_way_to_compute_gives_the_published_outputs():
+    """With and without gradients, without oneDNN, traced, deployed and traced."""
+    backbone, image = published(), reference_image()
+    assert reference_error(backbone(image)) <= 1e-5
+    for deploy in (False, True):
+        with torch.no_grad():
+            if deploy:
+                backbone.switch_to_deploy()
+            traced = torch.jit.trace(backbone, image, check_trace=False)
+            assert reference_error(traced(image)) <= 1e-5
+            with torch.backends.mkldnn.flags(enabled=False):
+                assert reference_error(backbone(image)) <= 1e-5
+
+
+@pytest.mark.parametrize('shape', [(2, 6, 5, 29), (1, 6, 7, 1), (3, 6, 12, 9)])
+@pytest.mark.parametrize('dilation', [1, 2, 3])
+@pytest.mark.parametrize('kernel', [(1, 7), (7, 1), (3, 3)])
+def test_depthwise_convolution_equals_the_plain_one(kernel, dilation, shape):
+    """Outputs, gradients, and gradients of gradients."""
+    conv = DepthwiseConv2d(6, kernel, dilation).double()
+    x = torch.rand(shape, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain = functional.conv2d(x, conv.weight, conv.bias, 1, conv.padding, dilation, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), plain)
+    results = []
+    for out in (conv(x), plain):
+        torch.testing.assert_close(out, plain)
+        inputs = [x, conv.weight, conv.bias]
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(grads[0].square().sum(), inputs)
+        results.append([*grads, *second])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_frozen_weights_get_no_gradient():
+    conv = DepthwiseConv2d(6, (7, 1), 3).requires_grad_(False)
+    x = torch.rand(2, 6, 9, 5, requires_grad=True)
+    conv(x).sum().backward()
+    assert x.grad is not None
+    assert conv.weight.grad is None
+
+
+def saved_bytes(model, image):
+    """Bytes kept for the backward pass, each storage once, parameters not."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outs = model(image)
+    del outs
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
+def test_memory_in_training(arch):
+    image = torch.rand(1, 3, 224, 224)
+    plain = saved_bytes(plain_lska_van(arch, 23).train(), image)
+    ours = saved_bytes(LSKAVAN(arch).train(), image)
+    with_cp = saved_bytes(LSKAVAN(arch, with_cp=True).train(), image)
+    print(
+        f'{arch}: plain {plain / 2**20:.0f} MiB, default {ours / plain:.2f} of it, '
+        f'with_cp {with_cp / plain:.2f}'
+    )
+    assert ours <= 0.80 * plain
+    assert with_cp <= 0.45 * plain
