@@ -1,4 +1,4 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: arguments to a Runner."""
+"""What the tools share: from arguments to a Runner, or to a trained model."""
 
 import argparse
 import logging
@@ -12,8 +12,8 @@ from mmengine.device import get_device
 from mmengine.dist import get_backend, is_distributed
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 
 from .checkpoint import CheckpointError, convert_key, summarize
 from .loader import get_state_dict
@@ -145,6 +145,23 @@ def check_weights(model: Any, path: str) -> None:
             f'{summarize(state_dict)}, and lacks {len(missing)} tensors of the model '
             f'(first: {missing[0]}). Test it with the config that it was trained with.'
         )
+
+
+def load_model(config: str, checkpoint: str) -> tuple[Config, Any]:
+    """A trained model of any of the three toolboxes, in evaluation mode; and its config.
+
+    Raises:
+        CheckpointError: See `check_weights`.
+    """
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    if 'data_preprocessor' in cfg:  # where mmpretrain's configs have it
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(cfg.model).eval()
+    check_weights(model, checkpoint)
+    load_checkpoint(model, checkpoint, map_location='cpu')
+    return cfg, model
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -11,12 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 
 from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import check_weights
+from lska_mm.launch import load_model
 
 
 def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
@@ -26,12 +23,7 @@ def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
         CheckpointError: If the checkpoint is not of the config's model.
         TypeError: If the backbone has other norms than BatchNorm.
     """
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.default_scope)
-    cfg.model.backbone.init_cfg = None
-    model = MODELS.build(cfg.model).eval()
-    check_weights(model, checkpoint)
-    load_checkpoint(model, checkpoint, map_location='cpu')
+    _, model = load_model(config, checkpoint)
     model.backbone.switch_to_deploy()
     save_path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=model.state_dict()), save_path)

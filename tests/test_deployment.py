@@ -1,0 +1,161 @@
+"""Export to ONNX, run by ONNX Runtime; graphs of torch's compiler and exporter."""
+
+import json
+
+import export_onnx
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from conftest import REFERENCE, ROOT, published, reference_error, reference_image, small
+
+DETECTOR = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
+CLASSIFIER = 'configs/classification/lska-van-tiny_4xb128_in1k.py'
+FPN = 'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py'
+UPERNET = 'configs/segmentation/lska-van-tiny_upernet_8xb2-160k_ade20k-512x512.py'
+
+
+def run_onnx(path, images):
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return session.run(None, {'images': np.asarray(images)})
+
+
+@pytest.fixture(scope='module')
+def checkpoint(published_file, tmp_path_factory):
+    """Save a config's model with the reference weights in its backbone."""
+
+    def _checkpoint(config):
+        cfg = Config.fromfile(ROOT / config)
+        init_default_scope(cfg.default_scope)
+        cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(published_file))
+        torch.manual_seed(0)
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        path = tmp_path_factory.mktemp('export') / 'model.pth'
+        torch.save(dict(state_dict=model.state_dict()), path)
+        return path
+
+    return _checkpoint
+
+
+def test_backbone_of_a_detector(checkpoint, run, tmp_path):
+    path = tmp_path / 'out/backbone.onnx'
+    printed = run(
+        'python', 'tools/deployment/export_onnx.py', DETECTOR, checkpoint(DETECTOR), path,
+        '--backbone', '--size', '64x96',
+    )  # fmt: skip
+    assert '(1, 3, 64, 96): largest difference ' in printed
+    assert '(2, 3, 96, 160): largest difference ' in printed
+    assert [file.name for file in path.parent.iterdir()] == ['backbone.onnx']
+    outputs = run_onnx(path, reference_image())
+    for i, output in enumerate(outputs, start=1):
+        difference = np.abs(output[:, ::8] - REFERENCE[f'tiny-k23-96/stage{i}']).max()
+        print(f'ONNX Runtime, stage {i}: largest difference {difference:.1e}')
+        assert difference <= 1e-5
+    props = {prop.key: json.loads(prop.value) for prop in onnx.load(path).metadata_props}
+    assert props == dict(
+        mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], channels='RGB'
+    )
+
+
+@pytest.mark.parametrize(
+    ('config', 'shape'),
+    [(CLASSIFIER, (1000,)), (FPN, (150, 75, 94)), (UPERNET, (150, 75, 94))],
+    ids=['classifier', 'fpn', 'upernet'],
+)
+def test_whole_models(config, shape, checkpoint, tmp_path, capsys):
+    """At a third size too: 3 images of 75 x 94."""
+    path = tmp_path / 'model.onnx'
+    export_onnx.export(str(ROOT / config), str(checkpoint(config)), path, False, (64, 64))
+    print(capsys.readouterr().out)
+    (logits,) = run_onnx(path, torch.rand(3, 3, 75, 94))
+    assert logits.shape == (3, *shape)
+
+
+def test_adaptive_pooling_as_products_of_matrices():
+    x = torch.rand(2, 3, 13, 29, dtype=torch.float64)
+    for cells in ((1, 1), (2, 2), (3, 5), (6, 6), (13, 29)):
+        expected = torch.nn.functional.adaptive_avg_pool2d(x, cells)
+        torch.testing.assert_close(export_onnx.AdaptiveAvgPool(cells)(x), expected)
+
+
+def test_what_cannot_be_exported(checkpoint, monkeypatch, tmp_path):
+    detector, classifier = checkpoint(DETECTOR), checkpoint(CLASSIFIER)
+    path = tmp_path / 'model.onnx'
+
+    def export(config, checkpoint, backbone=False):
+        export_onnx.export(str(ROOT / config), str(checkpoint), path, backbone, (64, 64))
+
+    with pytest.raises(RuntimeError, match='add --backbone'):
+        export(DETECTOR, detector)
+    with pytest.raises(RuntimeError, match='is not of the RetinaNet in the config'):
+        export(DETECTOR, classifier, backbone=True)
+    monkeypatch.setattr(export_onnx, 'TOLERANCE', -1)
+    with pytest.raises(RuntimeError, match=r'other outputs than PyTorch for images of \(1, 3, 64'):
+        export(CLASSIFIER, classifier)
+    assert not list(tmp_path.iterdir())
+
+
+def test_norms_that_cannot_be_folded_are_exported_as_they_are(tmp_path, capsys):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f"_base_ = '{ROOT / CLASSIFIER}'\n"
+        "model = dict(backbone=dict(norm_cfg=dict(type='GN', num_groups=8)))\n"
+    )
+    model = MODELS.build(Config.fromfile(config).model)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    path = tmp_path / 'model.onnx'
+    export_onnx.export(str(config), str(tmp_path / 'model.pth'), path, True, (32, 32))
+    assert 'not folded: Only BatchNorm can be part of a convolution' in capsys.readouterr().out
+    assert path.exists()
+
+
+# --- torch's own graphs --------------------------------------------------------
+
+
+@pytest.mark.parametrize('deploy', [False, True], ids=['default', 'deployed'])
+def test_compiles_as_one_graph(deploy):
+    backbone, image = published(), reference_image()
+    if deploy:
+        backbone.switch_to_deploy()
+    compiled = torch.compile(backbone, fullgraph=True)
+    with torch.no_grad():
+        difference = reference_error(compiled(image))
+    print(f'tiny k=23 compiled, deploy={deploy}: largest difference {difference:.1e}')
+    assert difference <= 1e-5
+
+
+def test_compiled_training_step():
+    """Gradients as without the compiler."""
+    image, grads = torch.rand(2, 3, 64, 64), []
+    for compile_ in (False, True):
+        backbone = small(with_cp=compile_).train()
+        run = torch.compile(backbone) if compile_ else backbone
+        sum(out.square().mean() for out in run(image)).backward()
+        grads.append([parameter.grad for parameter in backbone.parameters()])
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('deploy', [False, True], ids=['default', 'deployed'])
+def test_exports_with_dynamic_batch_and_size(deploy):
+    backbone, image = published(), reference_image()
+    if deploy:
+        backbone.switch_to_deploy()
+    if hasattr(torch.export, 'Dim'):
+        example = torch.rand(3, 3, 64, 128)
+        sizes = {
+            i: torch.export.Dim(name, min=least)
+            for i, name, least in ((0, 'b', 1), (2, 'h', 33), (3, 'w', 33))
+        }
+        program = torch.export.export(backbone, (example,), dynamic_shapes=(sizes,))
+    else:  # torch 2.1 has another way to say it
+        program = torch.export.export(backbone, (image,))
+    with torch.no_grad():
+        difference = reference_error(program.module()(image))
+    print(f'tiny k=23 exported, deploy={deploy}: largest difference {difference:.1e}')
+    assert difference <= 1e-5

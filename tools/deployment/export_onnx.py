@@ -1,0 +1,195 @@
+"""Export a trained LSKA-VAN to ONNX, and compare it with PyTorch in ONNX Runtime.
+
+    python tools/deployment/export_onnx.py CONFIG CHECKPOINT SAVE_PATH [--backbone]
+
+The graph takes `images` (B, 3, H, W) of any B, H and W, normalised as the
+file's metadata say, and gives
+
+    logits              (B, classes) of a classifier,
+    logits              (B, classes, H, W) of a segmentor,
+    stage1, stage2, ... with --backbone, of any model: the backbone's maps.
+
+BatchNorms and layer scales are folded (`switch_to_deploy`). The file is
+written only if its outputs equal PyTorch's, at another size than the traced
+one too.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
+
+from lska_mm.checkpoint import CheckpointError
+from lska_mm.launch import load_model
+
+OPSET = 17  # the first with LayerNormalization
+TOLERANCE = 1e-4  # largest difference, relative to the largest output
+
+
+class AdaptiveAvgPool(nn.Module):
+    """``nn.AdaptiveAvgPool2d`` as matrix products, which ONNX has for any size."""
+
+    def __init__(self, cells: tuple[int, int]):
+        super().__init__()
+        self.cells = cells
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Means (B, C, *cells) of the maps (B, C, H, W)."""
+        rows, columns = (self._means(n, size, x) for n, size in zip(self.cells, x.shape[2:]))
+        return rows @ x @ columns.T
+
+    @staticmethod
+    def _means(cells: int, size: int, x: Tensor) -> Tensor:
+        """Rows that average a cell each: i * size / cells up to (i + 1) * size / cells."""
+        i = torch.arange(cells, device=x.device)[:, None]
+        pixel = torch.arange(size, device=x.device)[None]
+        inside = ((pixel + 1) * cells > i * size) & (pixel * cells < (i + 1) * size)
+        return inside.to(x.dtype) / inside.sum(1, keepdim=True)
+
+
+class Graph(nn.Module):
+    """What is exported of a model: images to one or several maps or logits."""
+
+    def __init__(self, model: nn.Module, backbone: bool):
+        super().__init__()
+        self.model = model
+        self.backbone = backbone
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                setattr(module, name, for_any_size(child))
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of what `forward` returns."""
+        if self.backbone:
+            return [f'stage{i + 1}' for i in self.model.backbone.out_indices]
+        return ['logits']
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.backbone:
+            return self.model.backbone(images)
+        logits = self.model(images, mode='tensor')
+        if hasattr(self.model, 'decode_head'):
+            logits = F.interpolate(
+                logits, images.shape[2:], mode='bilinear', align_corners=self.model.align_corners
+            )
+        return (logits,)
+
+
+def for_any_size(module: nn.Module) -> nn.Module:
+    """The module, or another that does the same and whose graph is not of one size."""
+    if isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) != (1, 1):
+        return AdaptiveAvgPool(_pair(module.output_size))
+    if type(module).__module__.startswith('mmseg.') and type(module).__name__ == 'Upsample':
+        # It computes its output's size in Python.
+        return nn.Upsample(module.size, module.scale_factor, module.mode, module.align_corners)
+    return module
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def metadata(cfg: Any, model: nn.Module) -> dict[str, str]:
+    """What a user needs to prepare images, each as JSON."""
+    norm = cfg.model.get('data_preprocessor') or {}
+    rgb = norm.get('bgr_to_rgb') or norm.get('to_rgb')
+    known = dict(mean=norm.get('mean'), std=norm.get('std'), channels='RGB' if rgb else 'BGR')
+    return {key: json.dumps(value) for key, value in known.items() if value is not None}
+
+
+def compare(path: Path, graph: Graph, images: Tensor) -> float:
+    """Largest difference of ONNX Runtime's outputs from PyTorch's, relative to the largest."""
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    found = session.run(None, {'images': images.numpy()})
+    with torch.no_grad():
+        expected = [out.numpy() for out in graph(images)]
+    return max(
+        float(np.abs(a - b).max() / max(1, np.abs(b).max())) for a, b in zip(found, expected)
+    )
+
+
+def export(config: str, checkpoint: str, save_path: Path, backbone: bool, size) -> None:
+    """Write the file, after comparing its outputs.
+
+    Raises:
+        CheckpointError: If the checkpoint is not of the config's model.
+        RuntimeError: If the model has no graph in ONNX, or gives other outputs there.
+    """
+    cfg, model = load_model(config, checkpoint)
+    if cfg.default_scope == 'mmdet' and not backbone:
+        raise RuntimeError(
+            'Only the backbone of a detector can be exported: add --backbone. '
+            'For whole detectors there is MMDeploy.'
+        )
+    try:
+        model.backbone.switch_to_deploy()
+    except TypeError as error:
+        print(f'not folded: {error}')
+    graph = Graph(model, backbone).eval()
+    channels, (height, width) = model.backbone.patch_embed1.proj.in_channels, size
+    images = torch.rand(1, channels, height, width)
+    others = torch.rand(2, channels, height + 32, width + 64)
+
+    save_path.parent.mkdir(parents=True, exist_ok=True)
+    names = ['images', *graph.output_names]
+    part = save_path.with_name(f'{save_path.name}.part')
+    try:
+        axes = {name: {0: 'batch', 2: 'height', 3: 'width'} for name in names}
+        if cfg.default_scope == 'mmpretrain':
+            axes['logits'] = {0: 'batch'}
+        trace_to_onnx(
+            graph, (images,), str(part), opset_version=OPSET, input_names=['images'],
+            output_names=graph.output_names, dynamic_axes=axes,
+        )  # fmt: skip
+        proto = onnx.load(part)
+        onnx.helper.set_model_props(proto, metadata(cfg, model))
+        onnx.checker.check_model(proto)
+        onnx.save(proto, part)
+        for inputs in (images, others):
+            difference = compare(part, graph, inputs)
+            print(f'{tuple(inputs.shape)}: largest difference {difference:.1e}')
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f'ONNX Runtime gives other outputs than PyTorch for images of '
+                    f'{tuple(inputs.shape)}: they differ by {difference:.1e}. Nothing was written.'
+                )
+        part.replace(save_path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, width = text.split('x')
+    return int(height), int(width)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Export a model to ONNX')
+    parser.add_argument('config', help='config of the model')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('save_path', type=Path, help='file to write, .onnx')
+    parser.add_argument('--backbone', action='store_true', help='only the backbone')
+    parser.add_argument('--size', type=parse_size, default=(224, 224), metavar='HEIGHTxWIDTH',
+                        help='of the traced image; the graph takes others too')  # fmt: skip
+    args = parser.parse_args()
+    try:
+        export(args.config, args.checkpoint, args.save_path, args.backbone, args.size)
+    except (CheckpointError, OSError, RuntimeError) as error:
+        print(f'export_onnx.py: {error}', file=sys.stderr)
+        return 1
+    print(f'written to {args.save_path}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
