@@ -5,15 +5,19 @@
 All models run in one process, in turns, so that a change of the machine's
 speed meets all of them; medians and their ratios to the plain implementation
 are reported, with the share of the measured rate of matrix products that they
-reach. DIR takes benchmark.json, benchmark.md and, with several kernel sizes,
-benchmark.png. A busy machine or a wide spread is an error: nothing is reported.
+reach. With --runs 3 all is measured three times: the table has the median
+ratio, and the lowest and the highest. DIR takes benchmark.json, benchmark.md
+and, with several kernel sizes, benchmark.png. A busy machine or a wide spread
+is an error: nothing is reported.
 
 Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
 `LSKAVAN` as built; `deployed`, after `switch_to_deploy()`; `van`, mmpretrain's
-VAN of the same size, which has one kernel (21).
+VAN of the same size, which has one kernel (21). With --onnx also `onnx-plain`
+and `onnx-deployed`, their graphs in ONNX Runtime.
 """
 
 import argparse
+import io
 import itertools
 import json
 import statistics
@@ -37,6 +41,7 @@ from matplotlib import pyplot as plt
 
 BUSY = 10  # per cent of the machine that others may use
 SPREAD = 0.15  # half the interquartile range over the median
+PAUSE = 0.005  # seconds in which the threads of the model before stop waiting for more work
 
 
 def build(arch: str, kernel_size: int, train: bool) -> dict[str, nn.Module]:
@@ -68,6 +73,21 @@ def make_step(model: nn.Module, image: torch.Tensor, train: bool, amp: bool) -> 
     return step
 
 
+def make_onnx_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
+    """An inference in ONNX Runtime, by as many threads as PyTorch has."""
+    import onnxruntime
+    from torch.onnx.utils import export
+
+    file, options = io.BytesIO(), onnxruntime.SessionOptions()
+    export(model, (image,), file, opset_version=17, input_names=['images'])
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        file.getvalue(), options, providers=['CPUExecutionProvider']
+    )
+    inputs = dict(images=image.numpy())
+    return lambda: session.run(None, inputs)
+
+
 def time_once(step: Callable[[], None], device: torch.device) -> float:
     """Milliseconds of one step."""
     if device.type == 'cuda':
@@ -91,6 +111,7 @@ def time_all(steps: dict, device: torch.device, seconds: float) -> dict[str, lis
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 5:
         for name, step in steps.items():
+            time.sleep(PAUSE)
             times[name].append(time_once(step, device))
     return times
 
@@ -132,6 +153,9 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     for name, model in models.items():
         model.to(device).train(args.train)
         steps[name] = make_step(model, image, args.train, args.amp)
+    if args.onnx:
+        for name in ('plain', 'deployed'):
+            steps[f'onnx-{name}'] = make_onnx_step(models[name], image)
     rate = matmul_rate(device)
     times = time_all(steps, device, args.seconds)
     passes = 3 if args.train else 1  # a backward pass costs two forward ones
@@ -144,11 +168,11 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
                 f'{name}, {arch} k={kernel_size}: times vary by {spread:.0%} around the median, '
                 f'more than {SPREAD:.0%}. Let nothing else run, and try again.'
             )
-        work = passes * multiply_adds(models[name], image) / 1e6
+        work = passes * multiply_adds(models[name.removeprefix('onnx-')], image) / 1e6
         rows.append(
             dict(
                 arch=arch, kernel_size=kernel_size, batch=batch, height=size[0], width=size[1],
-                model=name, milliseconds=median, spread=spread, runs=len(values),
+                model=name, milliseconds=median, spread=spread,
                 ratio=statistics.median(times['plain']) / median,
                 share=work / median / rate, memory=peak_memory(steps[name], device),
             )
@@ -157,15 +181,42 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     return rows
 
 
+def merge(runs: list[list[dict]]) -> list[dict]:
+    """One row for the same row of all runs: medians, and the range of the ratios."""
+    rows = []
+    for same in zip(*runs):
+        row = dict(same[0], ratios=sorted(row['ratio'] for row in same))
+        for key in ('milliseconds', 'spread', 'ratio', 'share'):
+            row[key] = statistics.median(row[key] for row in same)
+        rows.append(row)
+    return rows
+
+
+def growth(rows: list[dict]) -> list[str]:
+    """What the largest kernel costs against the smallest, a line a model."""
+    small, large = (f(row['kernel_size'] for row in rows) for f in (min, max))
+    times = {tuple(row[key] for key in KEYS): row['milliseconds'] for row in rows}
+    return [
+        f'{model}, {arch}, batch {batch}, {height}x{width}: k={large} takes '
+        f'{times[arch, large, batch, height, width, model] / value:.2f} times as long as k={small}'
+        for (arch, k, batch, height, width, model), value in times.items()
+        if k == small < large and model != 'van'
+    ]
+
+
+KEYS = ['arch', 'kernel_size', 'batch', 'height', 'width', 'model']
 HEAD = ['arch', 'k', 'batch', 'size', 'model', 'ms', '±', 'ratio', 'of matmul', 'MiB']
 
 
 def format_row(row: dict) -> str:
     """A row of the table, in Markdown."""
+    ratios = row.get('ratios', [])
+    span = f' ({ratios[0]:.2f} to {ratios[-1]:.2f})' if len(ratios) > 1 else ''
     cells = [
         row['arch'], row['kernel_size'], row['batch'], f'{row["height"]}x{row["width"]}',
         row['model'], f'{row["milliseconds"]:.1f}', f'{row["spread"]:.0%}',
-        f'{row["ratio"]:.2f}', f'{row["share"]:.0%}',
+        f'{row["ratio"]:.2f}{span}',
+        f'{row["share"]:.0%}',
         '' if row['memory'] is None else f'{row["memory"]:.0f}',
     ]  # fmt: skip
     return f'| {" | ".join(map(str, cells))} |'
@@ -205,11 +256,15 @@ def main() -> int:
     parser.add_argument('--sizes', nargs='+', type=parse_size, default=[(224, 224)],
                         metavar='HEIGHTxWIDTH')  # fmt: skip
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
+    parser.add_argument('--onnx', action='store_true', help='ONNX Runtime too; on a CPU')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seconds', type=float, default=10, help='for each combination')
+    parser.add_argument('--runs', type=int, default=1, help='repetitions of everything')
     parser.add_argument('--out', type=Path, required=True, help='folder for table and plot')
     args = parser.parse_args()
+    if args.onnx and (args.train or args.device != 'cpu'):
+        parser.error('--onnx is for inference on a CPU')
     busy = psutil.cpu_percent(interval=2)
     if busy > BUSY:
         print(f'benchmark: {busy:.0f} % of the CPUs are busy; let nothing else run.',
@@ -219,19 +274,21 @@ def main() -> int:
     print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     header = f'| {" | ".join(HEAD)} |\n|{" --- |" * len(HEAD)}'
     print(header)
-    rows = []
+    combinations = list(itertools.product(args.archs, args.kernel_sizes, args.batches, args.sizes))
     try:
-        for combination in itertools.product(
-            args.archs, args.kernel_sizes, args.batches, args.sizes
-        ):
-            rows += measure(args, *combination)
+        runs = [
+            [row for combination in combinations for row in measure(args, *combination)]
+            for _ in range(args.runs)
+        ]
     except RuntimeError as error:
         print(f'benchmark: {error}', file=sys.stderr)
         return 1
+    rows = merge(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'benchmark.json').write_text(json.dumps(rows, indent=1))
-    table = '\n'.join([header, *map(format_row, rows)])
+    table = '\n'.join([header, *map(format_row, rows), '', *growth(rows)])
     (args.out / 'benchmark.md').write_text(f'{table}\n')
+    print(f'\n{table}' if args.runs > 1 else '\n'.join(growth(rows)))
     if len(args.kernel_sizes) > 1:
         plot(rows, args.out / 'benchmark.png')
     print(f'written to {args.out}/benchmark.*')
