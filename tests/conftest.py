@@ -39,10 +39,10 @@ def reference_image(side=96):
     return torch.as_tensor(build_image(2, side))
 
 
-def published(arch='tiny', k=23):
+def published(arch='tiny', k=23, out_indices=(0, 1, 2, 3)):
     """A backbone with the reference weights, in inference."""
     state = published_state(arch, k)
-    backbone = LSKAVAN(arch, k, out_indices=(0, 1, 2, 3)).eval()
+    backbone = LSKAVAN(arch, k, out_indices=out_indices).eval()
     backbone.load_state_dict({key: v for key, v in state.items() if not key.startswith('head')})
     return backbone
 

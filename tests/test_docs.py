@@ -94,6 +94,13 @@ COMMANDS = {
         ),
         'python tools/analysis_tools/benchmark.py --archs tiny --kernel-sizes 7 23 53 '
         '--out work_dirs/benchmark': (['--help'], 'usage: benchmark.py'),
+        'python tools/deployment/export_onnx.py demo/lska-van-tiny_fpn_nuclei.py '
+        'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth segmentor.onnx --size 128x128': (
+            [], 'written to segmentor.onnx',
+        ),
+        'python tools/analysis_tools/profile_ops.py --arch base --size 800x1216': (
+            ['--arch', 'tiny', '--size', '64x64'], 'depth-wise 3x3 convolution',
+        ),
     },
 }  # fmt: skip
 

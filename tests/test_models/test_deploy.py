@@ -1,6 +1,7 @@
 """Norms and scales folded into convolutions."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -56,6 +57,22 @@ def test_deployed_state_dict_reloads():
         assert torch.equal(out, expected)
     with pytest.raises(CheckpointError, match='tensors are missing'):
         small().load_state_dict(backbone.state_dict())
+
+
+def test_packed_weights_follow_the_parameters():
+    """After load_state_dict, in a copy and in a pickle."""
+    backbone, image = small(deploy=True), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        before = backbone(image)[1]  # packs
+        for clone in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+            twin = clone(backbone)
+            assert torch.equal(twin(image)[1], before)
+            twin.load_state_dict({k: v + 0.1 for k, v in twin.state_dict().items()})
+            fresh = small(deploy=True)
+            fresh.load_state_dict(twin.state_dict())
+            assert torch.equal(twin(image)[1], fresh(image)[1])
+            assert not torch.equal(twin(image)[1], before)
+            assert torch.equal(backbone(image)[1], before)
 
 
 def test_deploying_in_training_mode_is_refused():

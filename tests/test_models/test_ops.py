@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from conftest import published, reference_error, reference_image
+from conftest import published, reference_error, reference_image, small
 from lska_mm import LSKAVAN
+from lska_mm.models import ops
 from lska_mm.models.ops import DepthwiseConv2d
 from plain_lska_van import plain_lska_van
 
@@ -22,6 +24,26 @@ def test_every_way_to_compute_gives_the_published_outputs():
             assert reference_error(traced(image)) <= 1e-5
             with torch.backends.mkldnn.flags(enabled=False):
                 assert reference_error(backbone(image)) <= 1e-5
+
+
+@pytest.mark.parametrize('cached', [2**20, 64], ids=['whole', 'in parts'])
+@pytest.mark.parametrize('norm_cfg', [dict(type='BN'), dict(type='GN', num_groups=2)])
+def test_inference_equals_the_forward_pass_of_training(norm_cfg, cached, monkeypatch):
+    """With the MLP's wide map computed whole and some channels at a time."""
+    monkeypatch.setattr(ops, 'CACHED', cached)
+    arch = dict(embed_dims=[16, 32], depths=[2, 1], ffn_ratios=[8, 5])
+    backbone = small(arch=arch, norm_cfg=norm_cfg).eval()
+    for name, parameter in backbone.named_parameters():
+        if 'layer_scale' in name:
+            nn.init.uniform_(parameter, 0.5, 1)
+    image = torch.rand(2, 3, 61, 83)
+    expected = backbone(image)
+    for _ in range(2 if norm_cfg['type'] == 'BN' else 1):
+        with torch.no_grad():
+            for out, before in zip(backbone(image), expected):
+                torch.testing.assert_close(out, before, rtol=1e-4, atol=1e-4)
+            if norm_cfg['type'] == 'BN':
+                backbone.switch_to_deploy()
 
 
 @pytest.mark.parametrize('shape', [(2, 6, 5, 29), (1, 6, 7, 1), (3, 6, 12, 9)])
