@@ -74,5 +74,5 @@ def pack(module: nn.Module) -> None:
     """Make the dense convolutions in ``module`` `PackedConv2d`."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Conv2d:
+            if isinstance(child, nn.Conv2d) and child.groups == 1:
                 setattr(parent, name, PackedConv2d.of(child))

@@ -13,7 +13,7 @@ from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .ops import DepthwiseConv2d, multiply
+from .ops import DepthwiseConv2d, PointwiseConv2d, multiply
 
 ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
@@ -124,7 +124,7 @@ class LSKA(Sequential):
         convs: OrderedDict[str, nn.Module] = OrderedDict(
             (name, DepthwiseConv2d(channels, *conv)) for name, conv in layout.items()
         )
-        convs['conv1'] = nn.Conv2d(channels, channels, 1)
+        convs['conv1'] = PointwiseConv2d(channels, channels)
         super().__init__(convs, init_cfg=init_cfg)
 
     def forward(self, x: Tensor) -> Tensor:

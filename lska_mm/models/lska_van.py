@@ -17,7 +17,6 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import adapt_state_dict
@@ -25,6 +24,7 @@ from .deploy import FusedBlock, affine, fold, pack
 from .lska import LSKA
 from .ops import (
     DepthwiseConv2d,
+    PointwiseConv2d,
     bottleneck,
     conv1x1_add,
     conv_gelu,
@@ -41,12 +41,6 @@ ARCHS = dict(
 )
 
 
-def conv1x1(conv: nn.Conv2d, x: Tensor, scale: Tensor) -> Tensor:
-    """``scale * conv(x)``, scaling the weights: nothing of the map's size is kept for it."""
-    assert conv.bias is not None
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], conv.bias * scale)
-
-
 class Attention(BaseModule):
     """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same.
 
@@ -55,9 +49,9 @@ class Attention(BaseModule):
 
     def __init__(self, channels: int, kernel_size: int, attention: str):
         super().__init__()
-        self.proj_1 = nn.Conv2d(channels, channels, 1)
+        self.proj_1 = PointwiseConv2d(channels, channels)
         self.spatial_gating_unit = LSKA(channels, kernel_size, attention)
-        self.proj_2 = nn.Conv2d(channels, channels, 1)
+        self.proj_2 = PointwiseConv2d(channels, channels)
 
     def gated(self, x: Tensor) -> Tensor:
         """All but the last convolution."""
@@ -67,7 +61,7 @@ class Attention(BaseModule):
         gated = self.gated(x)
         if scale is None:
             return conv1x1_add(self.proj_2, gated, x)
-        return torch.addcmul(conv1x1(self.proj_2, gated, scale), x, scale[:, None, None])
+        return torch.addcmul(self.proj_2(gated, scale), x, scale[:, None, None])
 
 
 class MLP(BaseModule):
@@ -79,9 +73,9 @@ class MLP(BaseModule):
     def __init__(self, channels: int, ratio: float, drop_rate: float):
         super().__init__()
         hidden = int(channels * ratio)
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc1 = PointwiseConv2d(channels, hidden)
         self.dwconv = DepthwiseConv2d(hidden, (3, 3))
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
+        self.fc2 = PointwiseConv2d(hidden, channels)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -89,7 +83,7 @@ class MLP(BaseModule):
             return bottleneck(self.fc1, self.dwconv, self.fc2, x)
         # Activated anew in the backward pass: the widest map is kept once, not twice.
         return recompute(
-            lambda x, scale: self.drop(conv1x1(self.fc2, self.drop(gelu(x)), scale)),
+            lambda x, scale: self.drop(self.fc2(self.drop(gelu(x)), scale)),
             self.dwconv(self.fc1(x)),
             scale,
             random=self.drop.p > 0,

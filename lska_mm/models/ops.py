@@ -24,12 +24,18 @@ else:  # torch 2.1
 
 
 ALL = slice(None)
+FEW = 128  # pixels for which a product of matrices is faster than a 1 x 1 convolution
 CACHED = 2**20  # numbers of a map that stay in the cache until they are used: 4 MiB
 
 
 def is_eager_cpu(x: Tensor) -> bool:
     """Whether oneDNN computes now what is called now."""
     return x.is_cpu and not (torch.jit.is_tracing() or is_compiling())
+
+
+def has_few_pixels(x: Tensor) -> bool:
+    """Whether oneDNN would spend more time on a convolution's weights than on its maps."""
+    return is_eager_cpu(x) and x[:, 0].numel() <= FEW
 
 
 def _can_fuse(x: Tensor) -> bool:
@@ -100,6 +106,8 @@ def _convolve(
     conv: nn.Conv2d, x: Tensor, activation: str, outputs: slice = ALL, inputs: slice = ALL
 ) -> Tensor:
     """A convolution by oneDNN with an activation inside."""
+    if isinstance(conv, PointwiseConv2d) and has_few_pixels(x):
+        return gelu(conv(x)) if activation == 'gelu' else conv(x)
     arguments = _arguments(conv, x, outputs, inputs)
     return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], 'none')
 
@@ -108,6 +116,8 @@ def _convolve_add(
     conv: nn.Conv2d, x: Tensor, shortcut: Tensor, inputs: slice = ALL, with_bias: bool = True
 ) -> Tensor:
     """A convolution by oneDNN, added into ``shortcut``."""
+    if isinstance(conv, PointwiseConv2d) and has_few_pixels(x):
+        return shortcut.add_(conv(x))
     weight, bias, *rest = _arguments(conv, x, inputs=inputs)
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         shortcut, x, weight, bias if with_bias else None, *rest, 'add', 1.0, None, [], None
@@ -127,6 +137,23 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor, random: bool) ->
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1 x 1 convolution; of few pixels as a product of matrices, where weights stay in order."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Convolve (B, C, H, W), times ``scale`` (C_out,): of the weights, which keeps no map."""
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            assert bias is not None
+            weight, bias = weight * scale[:, None, None, None], bias * scale
+        if not has_few_pixels(x):
+            return F.conv2d(x, weight, bias)
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class PackedConv2d(nn.Conv2d):
