@@ -24,7 +24,7 @@ def main(monkeypatch, tmp_path):
 def test_table_json_and_plot(main, tmp_path, train):
     assert main('--kernel-sizes', '7', '11', *(['--train'] if train else [])) == 0
     rows = json.loads((tmp_path / 'benchmark.json').read_text())
-    models = ['plain', 'default', 'van'] if train else ['plain', 'default', 'deployed', 'van']
+    models = ['plain', 'default', 'with_cp' if train else 'deployed', 'van']
     assert [(row['kernel_size'], row['model']) for row in rows] == [
         (k, model) for k in (7, 11) for model in models
     ]

@@ -24,7 +24,7 @@ else:  # torch 2.1
 
 
 ALL = slice(None)
-FEW = 128  # pixels for which a product of matrices is faster than a 1 x 1 convolution
+FEW = 1024  # pixels up to which a product of matrices is faster than a 1 x 1 convolution
 CACHED = 2**20  # numbers of a map that stay in the cache until they are used: 4 MiB
 
 
@@ -79,7 +79,7 @@ def bottleneck(
         out = fc2(gelu(dwconv(fc1(x))))
         return out if shortcut is None else out + shortcut
     channels, pixels = dwconv.out_channels, x[:, 0].numel()
-    width = min(channels, max(32, CACHED // pixels // 32 * 32))
+    width = channels if has_few_pixels(x) else min(channels, max(32, CACHED // pixels // 32 * 32))
     out = shortcut if width == channels or shortcut is None else shortcut.clone()
     for start in range(0, channels, width):
         part = slice(start, start + width) if width < channels else ALL

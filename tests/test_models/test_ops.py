@@ -26,11 +26,16 @@ def test_every_way_to_compute_gives_the_published_outputs():
                 assert reference_error(backbone(image)) <= 1e-5
 
 
-@pytest.mark.parametrize('cached', [2**20, 64], ids=['whole', 'in parts'])
+@pytest.mark.parametrize(
+    ('cached', 'few'),
+    [(2**20, 0), (64, 0), (64, 10**6)],
+    ids=['whole', 'in parts', 'products of matrices'],
+)
 @pytest.mark.parametrize('norm_cfg', [dict(type='BN'), dict(type='GN', num_groups=2)])
-def test_inference_equals_the_forward_pass_of_training(norm_cfg, cached, monkeypatch):
+def test_inference_equals_the_forward_pass_of_training(norm_cfg, cached, few, monkeypatch):
     """With the MLP's wide map computed whole and some channels at a time."""
     monkeypatch.setattr(ops, 'CACHED', cached)
+    monkeypatch.setattr(ops, 'FEW', few)
     arch = dict(embed_dims=[16, 32], depths=[2, 1], ffn_ratios=[8, 5])
     backbone = small(arch=arch, norm_cfg=norm_cfg).eval()
     for name, parameter in backbone.named_parameters():

@@ -11,9 +11,9 @@ and, with several kernel sizes, benchmark.png. A busy machine or a wide spread
 is an error: nothing is reported.
 
 Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
-`LSKAVAN` as built; `deployed`, after `switch_to_deploy()`; `van`, mmpretrain's
-VAN of the same size, which has one kernel (21). With --onnx also `onnx-plain`
-and `onnx-deployed`, their graphs in ONNX Runtime.
+`LSKAVAN` as built; `deployed`, after `switch_to_deploy()`, or in training
+`with_cp`; `van`, mmpretrain's VAN of the same size, which has one kernel (21).
+With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime.
 
 `faults` are pages of memory that a step fetched from the system. glibc returns
 what is freed, until a process has freed a large block, as after loading a
@@ -54,7 +54,9 @@ PAUSE = 0.005  # seconds in which the threads of the model before stop waiting f
 def build(arch: str, kernel_size: int, train: bool) -> dict[str, nn.Module]:
     """The models to compare, by name."""
     models = dict(plain=plain_lska_van(arch, kernel_size), default=LSKAVAN(arch, kernel_size))
-    if not train:
+    if train:
+        models['with_cp'] = LSKAVAN(arch, kernel_size, with_cp=True)
+    else:
         models['deployed'] = LSKAVAN(arch, kernel_size).eval()
         models['deployed'].switch_to_deploy()
     try:
