@@ -142,6 +142,33 @@ def test_compiled_training_step():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_compile_key_of_a_config(run, nuclei, tmp_path):
+    """MMEngine's `compile`: a small segmentor trains and is tested as without it."""
+    (tmp_path / 'small.py').write_text(
+        f"_base_ = '{ROOT}/demo/lska-van-tiny_fpn_nuclei.py'\n"
+        'model = dict(\n'
+        '    backbone=dict(arch=dict(embed_dims=[8], depths=[1], ffn_ratios=[2]),\n'
+        '                  out_indices=(0,)),\n'
+        '    neck=dict(in_channels=[8], out_channels=8, num_outs=1),\n'
+        '    decode_head=dict(in_channels=[8], in_index=[0], feature_strides=[4], channels=8,\n'
+        '                     dropout_ratio=0))\n'
+        'train_cfg = dict(max_iters=2, val_interval=2)\n'
+        'default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))\n'
+        f"train_dataloader = dict(batch_size=2, dataset=dict(data_root='{nuclei}/ade'))\n"
+        f"val_dataloader = test_dataloader = dict(dataset=dict(data_root='{nuclei}/ade'))\n"
+    )
+    logs = []
+    for name, options in (('plain', []), ('compiled', ['--cfg-options', 'compile.dynamic=False'])):
+        out = tmp_path / name
+        run('python', 'tools/train.py', tmp_path / 'small.py', '--work-dir', out, *options)
+        lines = next(out.glob('*/vis_data/scalars.json')).read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for plain, compiled in zip(*logs):
+        for key in {'loss', 'mIoU'} & set(plain):
+            assert compiled[key] == pytest.approx(plain[key], rel=1e-3), key
+    assert [record.get('step') for record in logs[0]] == [1, 2, 2]
+
+
 @pytest.mark.parametrize('deploy', [False, True], ids=['default', 'deployed'])
 def test_exports_with_dynamic_batch_and_size(deploy):
     backbone, image = published(), reference_image()

@@ -45,8 +45,10 @@ from plain_lska_van import plain_lska_van
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
+ARCHS = ['tiny', 'small', 'base']
 BUSY = 10  # per cent of the machine that others may use
 SPREAD = 0.15  # half the interquartile range over the median
+ROUNDS = 4  # steps of a model at least, however long they take
 TRIES = 3  # measurements of a combination until its times vary less
 PAUSE = 0.005  # seconds in which the threads of the model before stop waiting for more work
 
@@ -128,11 +130,10 @@ def time_all(
     """Milliseconds and page faults of many steps of each, in turns."""
     for step in steps.values():  # warm up
         step()
-        step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     faults: dict[str, list[int]] = {name: [] for name in steps}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+    while time.perf_counter() < end or min(map(len, times.values())) < ROUNDS:
         for name, step in steps.items():
             time.sleep(PAUSE)
             before = page_faults()
@@ -277,16 +278,24 @@ def format_row(row: dict) -> str:
     return f'| {" | ".join(map(str, cells))} |'
 
 
+def by_arch(panel: tuple) -> tuple:
+    """Sorts the panels of a plot: row by row, small images and batches first."""
+    (arch, batch, size), _ = panel
+    return ARCHS.index(arch), len(size), size, batch
+
+
 def plot(rows: list[dict], path: Path) -> None:
-    """Time against kernel size, a panel an arch, batch and image size."""
+    """Time against kernel size: archs from top to bottom, batches and image sizes beside."""
     panels: dict[tuple, list[dict]] = {}
     for row in rows:
         key = (row['arch'], row['batch'], f'{row["height"]}x{row["width"]}')
         panels.setdefault(key, []).append(row)
+    archs = len({arch for arch, _, _ in panels})
+    columns = len(panels) // archs
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 3.8), layout='constrained', squeeze=False
+        archs, columns, figsize=(4.5 * columns, 3.5 * archs), layout='constrained', squeeze=False
     )
-    for axis, (key, members) in zip(axes.flat, panels.items()):
+    for axis, (key, members) in zip(axes.flat, sorted(panels.items(), key=by_arch)):
         for name in dict.fromkeys(row['model'] for row in members):
             points = [(r['kernel_size'], r['milliseconds']) for r in members if r['model'] == name]
             axis.plot(*zip(*points), marker='o', label=name)
@@ -305,7 +314,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description='Time LSKA-VAN against its peers')
-    parser.add_argument('--archs', nargs='+', default=['tiny'], choices=['tiny', 'small', 'base'])
+    parser.add_argument('--archs', nargs='+', default=['tiny'], choices=ARCHS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 23, 53])
     parser.add_argument('--batches', nargs='+', type=int, default=[1])
     parser.add_argument('--sizes', nargs='+', type=parse_size, default=[(224, 224)],
