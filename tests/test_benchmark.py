@@ -31,7 +31,8 @@ def test_table_json_and_plot(main, tmp_path, train):
     assert all(row['ratio'] == 1 for row in rows if row['model'] == 'plain')
     assert all(row['milliseconds'] > 0 and row['faults'] >= 0 for row in rows)
     table = (tmp_path / 'benchmark.md').read_text()
-    assert table.count('| tiny |') == len(rows)
+    assert table.count('| tiny |') == 2 + len(rows)  # a line a kernel size, and a line a row
+    assert table.startswith(f'| arch | k | batch | size | plain, ms | {" | ".join(models[1:])} |')
     assert table.count('k=11 takes') == len(models) - 1
     assert (tmp_path / 'benchmark.png').exists()
 

@@ -5,7 +5,7 @@
 All models run in one process, in turns, so that a change of the machine's
 speed meets all of them; medians and their ratios to the plain implementation
 are reported, with the share of the measured rate of matrix products that they
-reach. With --runs 3 all is measured three times: the table has the median
+reach. With --runs 3 all is measured three times: the tables have the median
 ratio, and the lowest and the highest. DIR takes benchmark.json, benchmark.md
 and, with several kernel sizes, benchmark.png. A busy machine or a wide spread
 is an error: nothing is reported.
@@ -265,17 +265,35 @@ HEAD = [
 
 def format_row(row: dict) -> str:
     """A row of the table, in Markdown."""
-    ratios = row.get('ratios', [])
-    span = f' ({ratios[0]:.2f} to {ratios[-1]:.2f})' if len(ratios) > 1 else ''
     cells = [
         row['arch'], row['kernel_size'], row['batch'], f'{row["height"]}x{row["width"]}',
         row['model'], f'{row["milliseconds"]:.1f}', f'{row["spread"]:.0%}',
-        f'{row["ratio"]:.2f}{span}',
-        f'{row["share"]:.0%}',
+        format_ratio(row), f'{row["share"]:.0%}',
         row['faults'],
         '' if row['memory'] is None else f'{row["memory"]:.0f}',
     ]  # fmt: skip
     return f'| {" | ".join(map(str, cells))} |'
+
+
+def overview(rows: list[dict]) -> str:
+    """A line for all models in the same place: the plain one's time, the others' ratios to it."""
+    models = list(dict.fromkeys(row['model'] for row in rows))
+    head = ['arch', 'k', 'batch', 'size', 'plain, ms', *models[1:]]
+    lines: dict[tuple, list[str]] = {}
+    for row in rows:
+        place = (*(row[key] for key in KEYS[:3]), f'{row["height"]}x{row["width"]}')
+        plain = row['model'] == 'plain'
+        cell = f'{row["milliseconds"]:.0f}' if plain else format_ratio(row)
+        lines.setdefault(place, []).append(cell)
+    table = [head, ['---'] * len(head), *([*place, *cells] for place, cells in lines.items())]
+    return '\n'.join(f'| {" | ".join(map(str, cells))} |' for cells in table)
+
+
+def format_ratio(row: dict) -> str:
+    """The ratio to the plain model; of several runs the median, the lowest and the highest."""
+    ratios = row.get('ratios', [])
+    span = f' ({ratios[0]:.2f} to {ratios[-1]:.2f})' if len(ratios) > 1 else ''
+    return f'{row["ratio"]:.2f}{span}'
 
 
 def by_arch(panel: tuple) -> tuple:
@@ -353,9 +371,10 @@ def main() -> int:
     rows = merge(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'benchmark.json').write_text(json.dumps(rows, indent=1))
-    table = '\n'.join([header, *map(format_row, rows), '', *growth(rows)])
-    (args.out / 'benchmark.md').write_text(f'{table}\n')
-    print(f'\n{table}' if args.runs > 1 else '\n'.join(growth(rows)))
+    summary = '\n'.join([overview(rows), '', *growth(rows)])
+    table = '\n'.join([header, *map(format_row, rows)])
+    (args.out / 'benchmark.md').write_text(f'{summary}\n\n{table}\n')
+    print(f'\n{summary}')
     if len(args.kernel_sizes) > 1:
         plot(rows, args.out / 'benchmark.png')
     print(f'written to {args.out}/benchmark.*')
