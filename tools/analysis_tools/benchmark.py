@@ -49,7 +49,7 @@ ARCHS = ['tiny', 'small', 'base']
 BUSY = 10  # per cent of the machine that others may use
 SPREAD = 0.15  # half the interquartile range over the median
 ROUNDS = 4  # steps of a model at least, however long they take
-TRIES = 3  # measurements of a combination until its times vary less
+TRIES = 5  # measurements of a combination until its times vary less
 PAUSE = 0.005  # seconds in which the threads of the model before stop waiting for more work
 
 
