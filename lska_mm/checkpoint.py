@@ -88,27 +88,17 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         ``arch`` (embed_dims, depths and ffn_ratios), ``attention``,
-        ``kernel_size`` and ``in_channels`` of `LSKAVAN`; None if these are not
-        the tensors of one.
+        ``kernel_size`` (a list only where the stages differ) and
+        ``in_channels`` of `LSKAVAN`; None if these are not the tensors of one.
     """
     shapes = {
         convert_key(key).removeprefix('backbone.'): tuple(value.shape)
         for key, value in state_dict.items()
         if getattr(value, 'shape', ())
     }
-    gate = 'block1.0.attn.spatial_gating_unit.'
-    convs = {
-        name: shapes[f'{gate}{name}.weight'][-1]
-        for name in ('conv0', 'conv0h', 'conv_spatial', 'conv_spatial_h')
-        if f'{gate}{name}.weight' in shapes
-    }
-    if len(convs) not in (1, 2) or 'patch_embed1.proj.weight' not in shapes:
+    gate = _read_gate(shapes, 1)
+    if gate is None or 'patch_embed1.proj.weight' not in shapes:
         return None
-    local, *far = convs.values()
-    # The first pair is 2 * dilation - 1 long, see `lska_mm.models.lska`.
-    kernel_size = local + (local + 1) // 2 * (far[0] - 1) if far else local
-    attention = 'LSKA' if 'conv0h' in convs else 'LKA'
-
     stages = 1
     while f'patch_embed{stages + 1}.proj.weight' in shapes:
         stages += 1
@@ -119,12 +109,32 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     embed_dims = [shapes[f'patch_embed{i + 1}.proj.weight'][0] for i in range(stages)]
     hidden = [shapes.get(f'block{i + 1}.0.mlp.fc1.weight', (0,))[0] for i in range(stages)]
     ffn_ratios = [h // dim for h, dim in zip(hidden, embed_dims)]
+    # A stage whose gate is damaged is described like the first.
+    kernel_sizes = [(_read_gate(shapes, i + 1) or gate)[1] for i in range(stages)]
     return dict(
         arch=dict(embed_dims=embed_dims, depths=depths, ffn_ratios=ffn_ratios),
-        attention=attention if far else f'{attention}-trivial',
-        kernel_size=kernel_size,
+        attention=gate[0],
+        kernel_size=kernel_sizes[0] if len(set(kernel_sizes)) == 1 else kernel_sizes,
         in_channels=shapes['patch_embed1.proj.weight'][1],
     )
+
+
+def _read_gate(shapes: Mapping[str, tuple], stage: int) -> tuple[str, int] | None:
+    """``attention`` and ``kernel_size`` of a stage, counted from 1."""
+    gate = f'block{stage}.0.attn.spatial_gating_unit.'
+    convs = {
+        name: shapes[f'{gate}{name}.weight'][-1]
+        for name in ('conv0', 'conv0h', 'conv_spatial', 'conv_spatial_h')
+        if f'{gate}{name}.weight' in shapes
+    }
+    if len(convs) not in (1, 2):
+        return None
+    attention = 'LSKA' if 'conv0h' in convs else 'LKA'
+    local, *far = convs.values()
+    if not far:
+        return f'{attention}-trivial', local
+    # The first pair is 2 * dilation - 1 long, see `lska_mm.models.lska`.
+    return attention, local + (local + 1) // 2 * (far[0] - 1)
 
 
 def arch_name(arch: Mapping[str, Any]) -> str | None:

@@ -207,7 +207,7 @@ def test_two_layouts_in_one_file_are_refused():
         convert_state_dict({'block1.0.x': 1, 'backbone.blocks1.0.x': 2})
 
 
-@pytest.mark.parametrize('kernel_size', [7, 11, 23, 35, 53])
+@pytest.mark.parametrize('kernel_size', [7, 11, 23, 35, 53, [23, 7]])
 @pytest.mark.parametrize('attention', ['LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial'])
 def test_describe_reads_the_arguments_back(kernel_size, attention):
     arch = dict(embed_dims=[8, 16], depths=[1, 2], ffn_ratios=[4, 2])
@@ -217,6 +217,17 @@ def test_describe_reads_the_arguments_back(kernel_size, attention):
     )
 
 
+def test_kernel_sizes_by_stage_load_into_the_same_or_its_first_stages():
+    source = LSKAVAN(kernel_size=[7, 7, 23, 23]).state_dict()
+    for target in (
+        LSKAVAN(kernel_size=(7, 7, 23, 23)),
+        LSKAVAN(kernel_size=[7, 7, 23, 53], out_indices=(2,)),
+        LSKAVAN(kernel_size=7, out_indices=(1,)),
+    ):
+        target.load_state_dict(source)
+        assert all(torch.equal(value, source[key]) for key, value in target.state_dict().items())
+
+
 # --- Weights of something else -------------------------------------------------
 
 
@@ -224,6 +235,7 @@ def test_describe_reads_the_arguments_back(kernel_size, attention):
     ('kwargs', 'found', 'expected'),
     [
         (dict(kernel_size=35), "arch='tiny', attention='LSKA', kernel_size=23", 'kernel_size=35'),
+        (dict(kernel_size=[23, 23, 23, 35]), 'kernel_size=23', 'kernel_size=[23, 23, 23, 35]'),
         (dict(arch='small'), "arch='tiny'", "arch='small'"),
         (dict(attention='LKA'), "attention='LSKA'", "attention='LKA'"),
         (dict(in_channels=4), 'in_channels=3', 'in_channels=4'),
@@ -262,6 +274,12 @@ def test_one_missing_tensor_is_named():
     state = {k: v for k, v in PUBLISHED.items() if k != 'norm3.bias'}
     with pytest.raises(CheckpointError, match=r'1 tensors are missing \(first: norm3.bias\)'):
         LSKAVAN().load_state_dict(state, strict=False)
+
+
+def test_a_damaged_gate_is_named():
+    state = {k: v for k, v in PUBLISHED.items() if not k.startswith('block3.0.attn.spatial')}
+    with pytest.raises(CheckpointError, match=r'kernel_size=23.*10 tensors .*first: block3.0'):
+        LSKAVAN().load_state_dict(state)
 
 
 def test_a_deeper_network_is_refused():

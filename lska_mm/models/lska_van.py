@@ -161,8 +161,9 @@ class LSKAVAN(BaseModule):
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict of the
             lists ``embed_dims``, ``depths``, ``ffn_ratios``, a value a stage.
-        kernel_size: Side of the attention's receptive field, in pixels:
-            7, 11, 23, 35 and 53 were published, see `split_kernel` for others.
+        kernel_size: Side of the attention's receptive field, in pixels, or a
+            list of them, a value a stage: 7, 11, 23, 35 and 53 were published,
+            see `split_kernel` for others.
         attention: The kind of gate, see `LSKA`.
         in_channels: Channels of the image.
         drop_rate: Dropout probability inside the MLPs.
@@ -188,7 +189,7 @@ class LSKAVAN(BaseModule):
     def __init__(
         self,
         arch: str | dict = 'tiny',
-        kernel_size: int = 23,
+        kernel_size: int | Sequence[int] = 23,
         attention: str = 'LSKA',
         in_channels: int = 3,
         drop_rate: float = 0.0,
@@ -217,6 +218,7 @@ class LSKAVAN(BaseModule):
         self.norm_eval = norm_eval
 
         depths = self.arch['depths']
+        kernel_sizes = _parse_kernel_size(kernel_size, len(depths))
         drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
         for i in range(self.num_stages):
             channels = self.arch['embed_dims'][i]
@@ -225,7 +227,7 @@ class LSKAVAN(BaseModule):
             blocks = ModuleList(
                 Block(
                     channels,
-                    kernel_size,
+                    kernel_sizes[i],
                     attention,
                     self.arch['ffn_ratios'][i],
                     drop_rate,
@@ -370,6 +372,17 @@ def _parse_arch(arch: str | dict) -> dict:
         lengths = ', '.join(f'{key}: {len(arch[key])}' for key in keys)
         raise ValueError(f'arch needs lists of equal length, a value a stage; got {lengths}.')
     return dict(arch)
+
+
+def _parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> Sequence[int]:
+    if not isinstance(kernel_size, (list, tuple)):
+        return [kernel_size] * num_stages  # type: ignore[list-item]
+    if len(kernel_size) != num_stages:
+        raise ValueError(
+            f'kernel_size={list(kernel_size)} has {len(kernel_size)} values, the arch has '
+            f'{num_stages} stages; give one for all stages, or one a stage.'
+        )
+    return kernel_size
 
 
 def _parse_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:

@@ -154,10 +154,30 @@ def test_stages_after_the_last_output_are_not_built():
     assert all(p.grad is not None for p in backbone.parameters())
 
 
+def test_kernel_size_of_each_stage():
+    backbone = small(kernel_size=[7, 23])
+    assert backbone.kernel_size == [7, 23]
+    for stage, sides in ((1, (3, 3)), (2, (5, 7))):  # local and far, see `split_kernel`
+        for block in getattr(backbone, f'block{stage}'):
+            gate = block.attn.spatial_gating_unit
+            assert gate.conv0h.kernel_size == (1, sides[0])
+            assert gate.conv_spatial_v.kernel_size == (sides[1], 1)
+    x = torch.rand(1, 3, 64, 64)
+    first, second = backbone.eval()(x)
+    assert second.shape == (1, 16, 8, 8)
+    # The first stage is that of a backbone with its size throughout.
+    alone = small(kernel_size=7, out_indices=(0,)).eval()
+    alone.load_state_dict(backbone.state_dict())
+    assert torch.equal(alone(x)[0], first)
+
+
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
         (dict(kernel_size=24), '23 and 29'),
+        (dict(kernel_size=[7, 24]), '23 and 29'),
+        (dict(kernel_size=[7, 7, 23]), r'\[7, 7, 23\] has 3 values, the arch has 2 stages'),
+        (dict(kernel_size=()), 'has 0 values, the arch has 2 stages'),
         (dict(arch='huge'), 'tiny, small, base, large'),
         (dict(arch=dict(embed_dims=[8])), "needs the keys .*'depths'"),
         (dict(arch={**SMALL, 'depths': [1]}), 'equal length.*depths: 1'),
