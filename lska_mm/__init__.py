@@ -11,7 +11,7 @@ from mmengine.runner import CheckpointLoader
 
 from .hooks import CheckLabelsHook
 from .loader import load_from_local
-from .models import LSKA, LSKAVAN
+from .models import LSKA, LSKAVAN, LSKANeck
 from .optim import LayerDecayOptimWrapperConstructor
 
 __version__ = '0.1.0'
@@ -19,6 +19,7 @@ __all__ = [
     'LSKA',
     'LSKAVAN',
     'CheckLabelsHook',
+    'LSKANeck',
     'LayerDecayOptimWrapperConstructor',
     'load_from_local',
 ]

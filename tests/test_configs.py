@@ -3,14 +3,15 @@
 import re
 
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import ROOT, detection_data, segmentation_data, train_one_step
+from conftest import DATA, ROOT, train_one_step
 from lska_mm.models.lska_van import ARCHS
 
 CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
+PLUGIN = ROOT / 'configs/detection/retinanet_r50-lska_fpn_1x_coco.py'
+WITH_VAN = [path for path in CONFIGS if path != PLUGIN]
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 BACKBONE = r'lska-van-(?P<arch>tiny|small|base)(-k(?P<k>\d+))?'
 NAMES = dict(
@@ -28,12 +29,12 @@ DETECTORS = {
     'dino-4scale': 'DINO',
 }
 HEADS = dict(upernet='UPerHead', segformer='SegformerHead', lightham='LightHamHead')
-COUNTS = dict(classification=15, detection=10, segmentation=8)
+COUNTS = dict(classification=15, detection=11, segmentation=8)
 WIDTHS = dict(tiny=[32, 64, 160, 256], small=[64, 128, 320, 512], base=[64, 128, 320, 512])
 
 
 def configs(task):
-    paths = [path for path in CONFIGS if path.parent.name == task]
+    paths = [path for path in WITH_VAN if path.parent.name == task]
     return pytest.mark.parametrize('path', paths, ids=lambda path: path.stem)
 
 
@@ -42,7 +43,7 @@ def test_there_are_as_many_configs_as_promised(task):
     assert len([path for path in CONFIGS if path.parent.name == task]) == COUNTS[task]
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', WITH_VAN, ids=lambda path: path.stem)
 def test_backbone_agrees_with_name(path, monkeypatch):
     monkeypatch.delenv('LSKA_PRETRAINED', raising=False)
     name = re.fullmatch(NAMES[path.parent.name], path.stem)
@@ -87,6 +88,17 @@ def test_detection_recipe(path):
     assert (steps.type, steps.milestones) == ('MultiStepLR', [8, 11])
     if name['head'] == 'retinanet':
         assert (cfg.model.neck.start_level, cfg.model.neck.num_outs) == (1, 5)
+
+
+def test_plugin_is_all_that_differs_from_mmdet_s_config(tmp_path):
+    (tmp_path / 'plain.py').write_text("_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'")
+    cfg = Config.fromfile(PLUGIN).to_dict()
+    assert cfg.pop('custom_imports') == dict(imports=['lska_mm'], allow_failed_imports=False)
+    (plugin,) = cfg['model']['backbone'].pop('plugins')
+    assert (plugin['cfg']['type'], plugin['cfg']['kernel_size']) == ('LSKA', 23)
+    frozen = cfg['model']['backbone']['frozen_stages']
+    assert plugin['stages'] == tuple(stage >= frozen for stage in range(4))
+    assert cfg == Config.fromfile(tmp_path / 'plain.py').to_dict()
 
 
 @configs('segmentation')
@@ -157,16 +169,6 @@ def test_missing_weights_are_an_error():
     cfg.model.backbone.init_cfg.checkpoint = 'nowhere/lska-van-tiny_k23_in1k.pth'
     with pytest.raises(FileNotFoundError, match=r'nowhere/lska-van-tiny_k23_in1k\.pth'):
         MODELS.build(cfg.model).init_weights()
-
-
-def classification_data(cfg):
-    from mmpretrain.structures import DataSample
-
-    inputs = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
-    return dict(inputs=inputs, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
-
-
-DATA = dict(mmdet=detection_data, mmseg=segmentation_data, mmpretrain=classification_data)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ into 1-D ones. Module names follow the weights that the authors published.
 from collections import OrderedDict
 from typing import NamedTuple
 
+import torch
 from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -94,15 +95,28 @@ def kernel_layout(attention: str, kernel_size: int) -> dict[str, tuple[tuple[int
     return layouts[attention]
 
 
+def check_channels(x: Tensor, expected: int, whose: str) -> None:
+    """Refuse a map (B, C, H, W) of another number of channels.
+
+    Raises:
+        ValueError: Names both numbers.
+    """
+    if not torch.jit.is_tracing() and x.shape[1] != expected:
+        raise ValueError(
+            f'{whose} expects in_channels={expected}, the map has {x.shape[1]} channels.'
+        )
+
+
 @MODELS.register_module()
 class LSKA(Sequential):
     """Large-kernel gate: each pixel scaled by what its neighbourhood holds.
 
     ``x * conv1(depthwise(x))``, where the depth-wise convolutions of
-    `kernel_layout` together see ``kernel_size`` x ``kernel_size`` pixels.
+    `kernel_layout` together see ``kernel_size`` x ``kernel_size`` pixels. Also a
+    plugin layer of mmcv, as ``plugins`` of mmdet's and mmseg's ResNet takes them.
 
     Args:
-        channels: Channels of the input and of the output.
+        in_channels: Channels of the input and of the output.
         kernel_size: Side of the receptive field, in pixels.
         attention: ``'LSKA'``, 1-D convolutions in two steps (the paper's);
             ``'LKA'``, VAN's 2-D ones in two steps; ``'LSKA-trivial'`` and
@@ -110,23 +124,27 @@ class LSKA(Sequential):
         init_cfg: Initialisation, in MMEngine's form.
 
     Raises:
-        ValueError: See `kernel_layout`.
+        ValueError: See `kernel_layout`; on a map of other than ``in_channels``.
     """
+
+    _abbr_ = 'lska'  # the plugin's name in a block, and so in checkpoints
 
     def __init__(
         self,
-        channels: int,
+        in_channels: int,
         kernel_size: int = 23,
         attention: str = 'LSKA',
         init_cfg: dict | list | None = None,
     ):
         layout = kernel_layout(attention, kernel_size)
         convs: OrderedDict[str, nn.Module] = OrderedDict(
-            (name, DepthwiseConv2d(channels, *conv)) for name, conv in layout.items()
+            (name, DepthwiseConv2d(in_channels, *conv)) for name, conv in layout.items()
         )
-        convs['conv1'] = PointwiseConv2d(channels, channels)
+        convs['conv1'] = PointwiseConv2d(in_channels, in_channels)
         super().__init__(convs, init_cfg=init_cfg)
+        self.in_channels = in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
+        check_channels(x, self.in_channels, 'LSKA')
         return multiply(super().forward(x), x)

@@ -104,6 +104,15 @@ def test_equals_the_dense_convolution_of_the_outer_product(k):
     torch.testing.assert_close(gate(x), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize('grad', [True, False])
+def test_another_number_of_channels_is_an_error(grad):
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(ValueError, match='LSKA expects in_channels=8, the map has 16 channels'),
+    ):
+        LSKA(8)(torch.rand(1, 16, 5, 7))
+
+
 def test_registered_in_the_root_registry():
-    gate = MODELS.build(dict(type='LSKA', channels=8, kernel_size=11))
+    gate = MODELS.build(dict(type='LSKA', in_channels=8, kernel_size=11))
     assert gate(torch.rand(1, 8, 5, 7)).shape == (1, 8, 5, 7)

@@ -37,18 +37,18 @@ TASKS = dict(
         task='Semantic Segmentation', dataset='ADE20K', metrics=['mIoU'], size=(512, 512)
     ),
 )  # fmt: skip
-COLLECTION = dict(
-    Name='LSKA-VAN',
-    Metadata=dict(
-        Architecture=['Visual Attention Network', 'Large Separable Kernel Attention']
+PAPER = dict(
+    Title='Large Separable Kernel Attention: Rethinking the Large Kernel Attention Design in CNN',
+    URL='https://arxiv.org/abs/2309.01439',
+)
+LSKA = 'Large Separable Kernel Attention'
+# By the type of the backbone: what a model is a case of.
+COLLECTIONS = {
+    'LSKAVAN': dict(
+        Name='LSKA-VAN', Metadata=dict(Architecture=['Visual Attention Network', LSKA])
     ),
-    Paper=dict(
-        Title='Large Separable Kernel Attention: Rethinking the Large Kernel Attention Design '
-        'in CNN',
-        URL='https://arxiv.org/abs/2309.01439',
-    ),
-    README='README.md',
-)  # fmt: skip
+    'ResNet': dict(Name='LSKA-ResNet', Metadata=dict(Architecture=['ResNet', LSKA])),
+}
 PROPOSALS, MASKS = 1000, 100
 
 
@@ -73,13 +73,12 @@ def forward(model: nn.Module, image: torch.Tensor) -> None:
             head(image.new_zeros(number, extractor.out_channels, *side))
 
 
-def count(config: Path, size: tuple[int, int]) -> tuple[int | None, int | None]:
+def count(cfg: Config, size: tuple[int, int]) -> tuple[int | None, int | None]:
     """Parameters, and multiply-adds for an image of ``size``, of a config's model.
 
     None for a DETR: its parameters depend on mmdet's version, its multiply-adds
     on masks that only real images have.
     """
-    cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
     model = MODELS.build(cfg.model).eval()
@@ -96,6 +95,8 @@ def count(config: Path, size: tuple[int, int]) -> tuple[int | None, int | None]:
 def order(config: Path) -> tuple[str, int, int]:
     """By head, then size, then kernel."""
     match = re.search(r'-(tiny|small|base)(?:-k(\d+))?_', config.stem)
+    if match is None:
+        return config.stem, 0, 23
     rest = config.stem.replace(match[0], '_')
     return rest, ('tiny', 'small', 'base').index(match[1]), int(match[2] or 23)
 
@@ -103,9 +104,12 @@ def order(config: Path) -> tuple[str, int, int]:
 def make_metafile(task: str) -> dict:
     """What configs/TASK/metafile.yml holds."""
     about = TASKS[task]
-    models = []
+    models, collections = [], {}
     for config in sorted((ROOT / 'configs' / task).glob('*.py'), key=order):
-        parameters, multiply_adds = count(config, about['size'])
+        cfg = Config.fromfile(config)
+        collection = COLLECTIONS[cfg.model.backbone.type]
+        collections[collection['Name']] = dict(collection, Paper=dict(PAPER), README='README.md')
+        parameters, multiply_adds = count(cfg, about['size'])
         models.append(
             dict(
                 Name=config.stem,
@@ -114,8 +118,8 @@ def make_metafile(task: str) -> dict:
                 Results=[dict(Task=about['task'], Dataset=about['dataset'], Metrics={})],
             )
         )
-        models[-1]['In Collection'] = COLLECTION['Name']
-    return dict(Collections=[COLLECTION], Models=models)
+        models[-1]['In Collection'] = collection['Name']
+    return dict(Collections=list(collections.values()), Models=models)
 
 
 def make_table(task: str, metafile: dict) -> str:

@@ -1,0 +1,69 @@
+"""VAN's attention block behind the neck of any detector or segmentor."""
+
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import BaseModule, ModuleList
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from .lska import check_channels
+from .lska_van import Attention
+from .ops import is_eager_cpu
+
+
+@MODELS.register_module()
+class LSKANeck(BaseModule):
+    """The attention of a VAN block, on each map of a neck with weights of its own.
+
+    A map ``x`` becomes ``x + proj_2(gate(GELU(proj_1(x))))``, see `LSKA` for the
+    gate. Stands behind another neck, in a list:
+
+        neck=[dict(type='FPN', ...), dict(type='LSKANeck', in_channels=256, num_outs=5)]
+
+    Args:
+        in_channels: Channels of the maps, of all or a list with a value a map.
+        num_outs: Number of maps.
+        kernel_size: Side of the receptive field, in pixels of the map.
+        attention: The kind of gate, see `LSKA`.
+        init_cfg: Initialisation, in MMEngine's form; without it PyTorch's.
+
+    Raises:
+        ValueError: If the maps are not those that the arguments say; names both
+            numbers. On an invalid kernel size or attention, see `LSKA`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        num_outs: int,
+        kernel_size: int = 23,
+        attention: str = 'LSKA',
+        init_cfg: dict | list | None = None,
+    ):
+        super().__init__(init_cfg=init_cfg)
+        if isinstance(in_channels, int):
+            in_channels = [in_channels] * num_outs
+        if len(in_channels) != num_outs:
+            raise ValueError(
+                f'in_channels={list(in_channels)} has {len(in_channels)} values for '
+                f'num_outs={num_outs} maps; give one for all maps, or one a map.'
+            )
+        self.in_channels = list(in_channels)
+        self.num_outs = num_outs
+        self.blocks = ModuleList(
+            Attention(channels, kernel_size, attention) for channels in in_channels
+        )
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Maps (B, in_channels[i], H_i, W_i) to as many of the same sizes."""
+        if len(inputs) != self.num_outs:
+            raise ValueError(f'LSKANeck expects num_outs={self.num_outs} maps, got {len(inputs)}.')
+        outs = []
+        for i, (x, block) in enumerate(zip(inputs, self.blocks)):
+            check_channels(x, self.in_channels[i], f'Block {i} of LSKANeck')
+            if is_eager_cpu(x):
+                # A copy: without gradients the block adds into the memory of its input.
+                x = x.clone(memory_format=torch.channels_last)
+            outs.append(block(x).contiguous())
+        return tuple(outs)
