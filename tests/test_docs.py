@@ -35,6 +35,7 @@ MASK_RCNN = 'configs/detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'
 MASK_RCNN_CHECKPOINT = 'work_dirs/mask-rcnn_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
 RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 RETINANET_CHECKPOINT = 'work_dirs/retinanet_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
+R50_LSKA = 'configs/detection/retinanet_r50-lska_fpn_1x_coco.py'
 CLASSIFIER = 'work_dirs/demo-classification/epoch_15.pth'
 CONVERT = (
     'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth'
@@ -85,6 +86,12 @@ COMMANDS = {
     'docs/weights.md': {CONVERT: ([], 'written to lska-van-tiny-')},
     'docs/new_heads.md': {
         'python tools/train.py my_atss.py': (SHORT, 'Epoch(val) [12][1/1]'),
+    },
+    'docs/plugin.md': {
+        f'python tools/train.py {R50_LSKA}': (
+            [*SHORT, 'train_cfg.max_epochs=1', 'model.backbone.init_cfg=None'],
+            'Epoch(val) [1][1/1]',
+        ),
     },
     'docs/model_zoo.md': {},
     'docs/performance.md': {
