@@ -16,12 +16,13 @@ Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
 With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime.
 
 `faults` are pages of memory that a step fetched from the system. glibc returns
-what is freed, until a process has freed a large block, as after loading a
-checkpoint. The benchmark brings it there first; --fresh-heap does not, and
-shows what a young process pays.
+what is freed, or keeps it, depending on what the process has done before, and
+by that alone a model takes once or twice as long. The benchmark tells it to
+keep all; --fresh-heap does not, and shows what a young process pays.
 """
 
 import argparse
+import ctypes
 import io
 import itertools
 import json
@@ -119,9 +120,12 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def grow_heap() -> None:
-    """Free the largest block by which glibc raises its thresholds for returning memory: 32 MiB."""
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+def keep_heap() -> None:
+    """Tell glibc to take all memory from its heap and to return none of it."""
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt:
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
 
 
 def time_all(
@@ -356,7 +360,7 @@ def main() -> int:
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
     print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if not args.fresh_heap:
-        grow_heap()
+        keep_heap()
     header = f'| {" | ".join(HEAD)} |\n|{" --- |" * len(HEAD)}'
     print(header)
     combinations = list(itertools.product(args.archs, args.kernel_sizes, args.batches, args.sizes))
