@@ -34,7 +34,7 @@ demo: $(READY)
 	@PATH="$(BIN):$$PATH" TASK=$(TASK) bash demo/run.sh
 
 test: $(READY)
-	@PATH="$(BIN):$$PATH" python -m pytest
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	@PATH="$(BIN):$$PATH" ruff check .

@@ -13,9 +13,11 @@ pixel is in both. A nucleus on the border is cut, a piece in each set.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
+import cv2
 import mmcv
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -49,6 +51,19 @@ def coco_annotations(labels: np.ndarray, image_id: int) -> list[dict]:
     return annotations
 
 
+def write(content: bytes, path: Path) -> None:
+    """All of a file at once: another process may be reading it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encode a grey image (H, W)."""
+    return cv2.imencode('.png', image)[1].tobytes()
+
+
 def convert(source: Path, out: Path) -> None:
     """Write both data sets into ``out`` from ``source``/{image,labels}.png.
 
@@ -75,19 +90,17 @@ def convert(source: Path, out: Path) -> None:
         if not annotations:
             raise ValueError(f'{source}: the columns for {split} hold no nucleus.')
         height, width = tile.shape[:2]
-        mmcv.imwrite(tile, str(out / f'coco/{split}/nuclei.png'))
+        write(png(tile), out / f'coco/{split}/nuclei.png')
         data = dict(
             images=[dict(id=image_id, file_name='nuclei.png', height=height, width=width)],
             categories=[dict(id=1, name='nucleus')],
             annotations=annotations,
         )
-        ann_file = out / f'coco/annotations/{split}.json'
-        ann_file.parent.mkdir(parents=True, exist_ok=True)
-        ann_file.write_text(json.dumps(data))
+        write(json.dumps(data).encode(), out / f'coco/annotations/{split}.json')
 
         semantic = np.where(tile_labels > 0, ADE_NUCLEUS, ADE_BACKGROUND).astype(np.uint8)
-        mmcv.imwrite(tile, str(out / f'ade/images/{ADE_SPLITS[split]}/nuclei.png'))
-        mmcv.imwrite(semantic, str(out / f'ade/annotations/{ADE_SPLITS[split]}/nuclei.png'))
+        write(png(tile), out / f'ade/images/{ADE_SPLITS[split]}/nuclei.png')
+        write(png(semantic), out / f'ade/annotations/{ADE_SPLITS[split]}/nuclei.png')
         print(f'{split}: {width} x {height} pixels, {len(annotations)} nuclei')
     print(f'written to {out}')
 
