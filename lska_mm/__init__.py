@@ -10,6 +10,7 @@ MMEngine read local checkpoints through `lska_mm.loader.load_from_local`:
 from mmengine.runner import CheckpointLoader
 
 from .hooks import CheckLabelsHook
+from .kernels import ResizedPretrained
 from .loader import load_from_local
 from .models import LSKA, LSKAVAN, LSKANeck
 from .optim import LayerDecayOptimWrapperConstructor
@@ -21,6 +22,7 @@ __all__ = [
     'CheckLabelsHook',
     'LSKANeck',
     'LayerDecayOptimWrapperConstructor',
+    'ResizedPretrained',
     'load_from_local',
 ]
 

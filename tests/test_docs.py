@@ -40,6 +40,8 @@ CLASSIFIER = 'work_dirs/demo-classification/epoch_15.pth'
 CONVERT = (
     'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth'
 )
+RESIZE = 'python tools/model_converters/resize_kernel.py pretrained/lska-van-tiny_k23_in1k.pth'
+VAN = 'van-tiny_8xb128_in1k_20220501-385941af.pth'
 
 # Of each text, a command: what is added to it here, and what it must print.
 # `make` only shows what it would do; the tests of demo/run.sh do it.
@@ -83,7 +85,16 @@ COMMANDS = {
             [], '| digits | 2 | 0.200 ± 0.141 |',
         ),
     },
-    'docs/weights.md': {CONVERT: ([], 'written to lska-van-tiny-')},
+    'docs/weights.md': {
+        CONVERT: ([], 'written to lska-van-tiny-'),
+        f'{RESIZE} lska-van-tiny_k53.pth --kernel-size 53': ([], 'kernel size 53: the same func'),
+        f'{RESIZE} lska-van-tiny_k11.pth --kernel-size 11 --nearest': (
+            [], 'kernel size 11: not the same function',
+        ),
+        f'python tools/model_converters/van2lska.py pretrained/{VAN} van-tiny.pth': (
+            [], 'kernel size 23: ',
+        ),
+    },
     'docs/new_heads.md': {
         'python tools/train.py my_atss.py': (SHORT, 'Epoch(val) [12][1/1]'),
     },
@@ -144,6 +155,11 @@ def project(coco, published_file, run, tmp_path_factory):
     run('python', 'tools/dataset_converters/digits.py', '--out', 'data/digits', cwd=folder)
     shutil.copytree(published_file.parent, folder / 'pretrained')
     shutil.copy(ROOT / 'demo/nuclei/image.png', folder / 'image.png')
+
+    init_default_scope('mmpretrain')
+    van = MODELS.build(dict(type='VAN', arch='tiny'))
+    tensors = {f'backbone.{key}': value for key, value in van.state_dict().items()}
+    torch.save(dict(state_dict=tensors), folder / 'pretrained' / VAN)
 
     # What the demo of classification and demo/pretraining.sh leave behind.
     init_default_scope('mmpretrain')
