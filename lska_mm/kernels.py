@@ -47,6 +47,7 @@ def _read(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 # --- Another size ------------------------------------------------------------------
 
 
+@torch.no_grad()
 def resize_kernels(
     state_dict: Mapping[str, Any], kernel_size: int | Sequence[int], nearest: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -264,6 +265,7 @@ def _solve(fixed: Tensor, pixels: Tensor, taps: Tensor, target: Tensor) -> Tenso
 # --- From 2-D to 1-D kernels -------------------------------------------------------
 
 
+@torch.no_grad()
 def separate_kernels(
     state_dict: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, float]]:

@@ -24,6 +24,7 @@ from conftest import (
 )
 from lska_mm import LSKA, LSKAVAN
 from lska_mm.checkpoint import CheckpointError, convert_state_dict, describe
+from lska_mm.convert import write_checkpoint
 from lska_mm.kernels import resize_kernels, separate_kernels
 from lska_mm.models.lska import ATTENTIONS, kernel_layout, split_kernel
 
@@ -114,6 +115,19 @@ def test_published_layout_and_parts_of_a_model():
     grown = small(kernel_size=11, deploy=True)
     grown.load_state_dict({k: v for k, v in state.items() if 'neck' not in k})
     assert largest_difference(backbone, grown, [(61, 83)]) <= 1e-12
+
+
+def test_what_converters_write_may_be_for_inference(tmp_path):
+    backbone = trained(kernel_size=23)
+    backbone.switch_to_deploy()
+    state, _ = resize_kernels(backbone.state_dict(), 35)
+    path, description = write_checkpoint(state, tmp_path / 'deployed.pth')
+    assert description['kernel_size'] == 35
+    del state['backbone.norm2.bias']
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r'missing \(first: norm2.bias\)'):
+        write_checkpoint(state, tmp_path / 'deployed.pth')
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_size_a_stage():
