@@ -11,7 +11,7 @@ import argparse
 from collections import Counter
 
 import torch
-from benchmark import build, make_step, parse_size
+from benchmark import build, keep_heap, make_step, parse_size
 from torch.profiler import ProfilerActivity, profile
 
 REPEATS = 3
@@ -52,6 +52,7 @@ def main():
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument('--top', type=int, default=12, help='operators to name')
     args = parser.parse_args()
+    keep_heap()
     image = torch.rand(args.batch, 3, *args.size)
     models = build(args.arch, args.kernel_size, args.train)
     times = {
