@@ -55,7 +55,7 @@ def count_with_head(backbone):
     head = nn.Linear(backbone.arch['embed_dims'][-1], 1000)
     model = nn.Sequential(backbone, _Last(), head).eval().to('meta')
     counter = FlopCounterMode(display=False)
-    with counter:
+    with counter, torch.no_grad():  # torch 2.1 recomputes nothing on 'meta'
         model(torch.rand(1, 3, 224, 224, device='meta'))
     parameters = sum(p.numel() for p in model.parameters())
     return parameters, counter.get_total_flops() / 2 / 1e9
