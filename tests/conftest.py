@@ -22,7 +22,7 @@ from mmengine.registry import MODELS, init_default_scope
 from lska_mm import LSKAVAN  # registers it too
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ('tests/reference', 'tools/analysis_tools', 'tools/deployment')
+FOLDERS = ('tests/reference', 'tools/analysis_tools', 'tools/deployment', 'tools/visualization')
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 from build_state import build_image, build_state  # noqa: E402
 

@@ -2,8 +2,9 @@
 
 import json
 
-import benchmark
 import pytest
+
+import benchmark
 
 
 @pytest.fixture

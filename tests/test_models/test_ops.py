@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmark import saved_bytes
 from conftest import published, reference_error, reference_image, small
 from lska_mm import LSKAVAN
 from lska_mm.models import ops
@@ -79,23 +80,6 @@ def test_frozen_weights_get_no_gradient():
     conv(x).sum().backward()
     assert x.grad is not None
     assert conv.weight.grad is None
-
-
-def saved_bytes(model, image):
-    """Bytes kept for the backward pass, each storage once, parameters not."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outs = model(image)
-    del outs
-    return sum(size for size, _ in kept.values())
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])

@@ -22,6 +22,7 @@ keep all; --fresh-heap does not, and shows what a young process pays.
 """
 
 import argparse
+import copy
 import ctypes
 import io
 import itertools
@@ -32,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import psutil
@@ -163,22 +165,69 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> float | None:
 
 
 def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
-    """Of convolutions and matrix products, in inference."""
+    """Of convolutions and matrix products, in inference; computes nothing."""
     counter = FlopCounterMode(display=False)
-    with counter:  # with gradients: oneDNN's fused operators are not counted
-        model(image)
+    with counter, torch.no_grad():
+        copy.deepcopy(model).to('meta')(image.to('meta'))
     return counter.get_total_flops() // 2
+
+
+def saved_bytes(model: nn.Module, image: torch.Tensor) -> int:
+    """Bytes kept for the backward pass, each storage once, parameters not."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outs = model(image)
+    del outs
+    return sum(size for size, _ in kept.values())
 
 
 class WideSpreadError(RuntimeError):
     """Times vary too much to be reported."""
 
 
-def measure_calmly(args: argparse.Namespace, combination: tuple) -> list[dict]:
-    """`measure`, again if times vary too much, at most TRIES times."""
+class BusyError(RuntimeError):
+    """Others use the machine."""
+
+
+def check_idle() -> None:
+    """Look at the machine for two seconds.
+
+    Raises:
+        BusyError: If others use more than BUSY per cent of it.
+    """
+    busy = psutil.cpu_percent(interval=2)
+    if busy > BUSY:
+        raise BusyError(f'{busy:.0f} % of the CPUs are busy; let nothing else run.')
+
+
+def median_and_spread(name: str, values: list[float]) -> tuple[float, float]:
+    """The median, and half the interquartile range over it.
+
+    Raises:
+        WideSpreadError: If the spread is more than SPREAD; calls the values ``name``.
+    """
+    low, median, high = statistics.quantiles(values, n=4)
+    spread = (high - low) / 2 / median
+    if spread > SPREAD:
+        raise WideSpreadError(
+            f'{name}: times vary by {spread:.0%} around the median, more than {SPREAD:.0%}.'
+        )
+    return median, spread
+
+
+def calmly(measure: Callable, *args: Any) -> Any:
+    """``measure(*args)``, again if times vary too much, at most TRIES times."""
     for attempt in range(1, TRIES + 1):
         try:
-            return measure(args, *combination)
+            return measure(*args)
         except WideSpreadError as error:
             if attempt == TRIES:
                 raise
@@ -207,13 +256,7 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     passes = 3 if args.train else 1  # a backward pass costs two forward ones
     rows = []
     for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        spread = (high - low) / 2 / median
-        if spread > SPREAD:
-            raise WideSpreadError(
-                f'{name}, {arch} k={kernel_size}: times vary by {spread:.0%} around the median, '
-                f'more than {SPREAD:.0%}.'
-            )
+        median, spread = median_and_spread(f'{name}, {arch} k={kernel_size}', values)
         work = passes * multiply_adds(models[name.removeprefix('onnx-')], image) / 1e6
         rows.append(
             dict(
@@ -352,10 +395,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.onnx and (args.train or args.device != 'cpu'):
         parser.error('--onnx is for inference on a CPU')
-    busy = psutil.cpu_percent(interval=2)
-    if busy > BUSY:
-        print(f'benchmark: {busy:.0f} % of the CPUs are busy; let nothing else run.',
-              file=sys.stderr)  # fmt: skip
+    try:
+        check_idle()
+    except BusyError as error:
+        print(f'benchmark: {error}', file=sys.stderr)
         return 1
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
     print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
@@ -366,7 +409,7 @@ def main() -> int:
     combinations = list(itertools.product(args.archs, args.kernel_sizes, args.batches, args.sizes))
     try:
         runs = [
-            [row for combination in combinations for row in measure_calmly(args, combination)]
+            [row for combination in combinations for row in calmly(measure, args, *combination)]
             for _ in range(args.runs)
         ]
     except WideSpreadError as error:

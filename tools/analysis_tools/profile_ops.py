@@ -11,8 +11,9 @@ import argparse
 from collections import Counter
 
 import torch
-from benchmark import build, keep_heap, make_step, parse_size
 from torch.profiler import ProfilerActivity, profile
+
+from benchmark import build, keep_heap, make_step, parse_size
 
 REPEATS = 3
 
