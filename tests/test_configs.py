@@ -157,6 +157,26 @@ def test_ema_is_one_more_base(tmp_path):
     assert (hook.type, hook.momentum) == ('EMAHook', 1e-4)
 
 
+def test_shape_bias_is_one_more_base(tmp_path):
+    folder = ROOT / 'configs/classification'
+    bases = [str(folder / 'lska-van-tiny_4xb128_in1k.py'), str(folder / '_base_/shape_bias.py')]
+    lines = [
+        f'_base_ = {bases}',
+        'test_dataloader = dict(_delete_=True, **_base_.cue_conflict_dataloader)',
+        "test_evaluator = dict(_delete_=True, model_name='x', **_base_.shape_bias_evaluator)",
+    ]
+    (tmp_path / 'shape_bias.py').write_text('\n'.join(lines))
+    cfg = Config.fromfile(tmp_path / 'shape_bias.py')
+    dataset = cfg.test_dataloader.dataset
+    assert (dataset.type, dataset.data_root) == ('CustomDataset', 'data/cue-conflict')
+    assert dataset.pipeline == cfg.test_pipeline
+    assert cfg.test_evaluator == dict(
+        type='ShapeBiasMetric', model_name='x', csv_dir='work_dirs/shape_bias',
+        dataset_name='cue-conflict',
+    )  # fmt: skip
+    assert cfg.val_dataloader.dataset.type == 'ImageNet'
+
+
 def test_folder_of_the_weights_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv('LSKA_PRETRAINED', '/my/weights')
     checkpoint = Config.fromfile(RETINANET).model.backbone.init_cfg.checkpoint

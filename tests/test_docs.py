@@ -37,6 +37,8 @@ RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 RETINANET_CHECKPOINT = 'work_dirs/retinanet_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
 R50_LSKA = 'configs/detection/retinanet_r50-lska_fpn_1x_coco.py'
 CLASSIFIER = 'work_dirs/demo-classification/epoch_15.pth'
+IN1K = 'configs/classification/lska-van-tiny_4xb128_in1k.py'
+WEIGHTS = 'pretrained/lska-van-tiny_k23_in1k.pth'
 CONVERT = (
     'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth'
 )
@@ -105,6 +107,26 @@ COMMANDS = {
         ),
     },
     'docs/model_zoo.md': {},
+    'docs/pictures.md': {
+        f'python tools/visualization/erf.py --model {IN1K} {WEIGHTS} --model {IN1K} '
+        '--images data/imagenet/val --out erf.png': (
+            ['--images', 'demo/nuclei', '--num-images', '1', '--size', '64'],
+            '| lska-van-tiny_4xb128_in1k | 23 | random weights |',
+        ),
+        f'python tools/visualization/attention.py {IN1K} {WEIGHTS} image.png '
+        '--out attention.png': (['--help'], 'usage: attention.py'),
+        f'python $MMPRETRAIN/tools/visualization/vis_cam.py image.png {IN1K} {WEIGHTS} '
+        '--target-layers backbone.block4.1 --save-path cam.png': ([], f'from path: {WEIGHTS}'),
+        f'python tools/test.py my_shape_bias.py {WEIGHTS}': (
+            ['--cfg-options', 'test_dataloader.num_workers=0',
+             'test_dataloader.persistent_workers=False'],
+            'accuracy/top1',
+        ),
+        'python tools/analysis_tools/shape_bias.py work_dirs/shape_bias/*.csv '
+        '--out shape_bias.png': ([], '| lska-van-tiny | 16 |'),
+        'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 11 23 35 53 65 '
+        '--out work_dirs/compare_kernels': (['--help'], 'usage: compare_kernels.py'),
+    },
     'docs/performance.md': {
         'python tools/model_converters/reparameterize_model.py demo/lska-van-tiny_fpn_nuclei.py '
         'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth deployed.pth': (
@@ -138,6 +160,10 @@ def commands(text):
     return [line.split('  #')[0].strip() for line in lines]
 
 
+SHAPES = ('airplane', 'bear', 'bicycle', 'bird', 'boat', 'bottle', 'car', 'cat', 'chair', 'clock',
+          'dog', 'elephant', 'keyboard', 'knife', 'oven', 'truck')  # fmt: skip
+
+
 @pytest.fixture(scope='module')
 def project(coco, published_file, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp('project')
@@ -160,6 +186,12 @@ def project(coco, published_file, run, tmp_path_factory):
     van = MODELS.build(dict(type='VAN', arch='tiny'))
     tensors = {f'backbone.{key}': value for key, value in van.state_dict().items()}
     torch.save(dict(state_dict=tensors), folder / 'pretrained' / VAN)
+
+    # The 16 classes of cue-conflict, each with the texture of the next.
+    for shape, texture in zip(SHAPES, [*SHAPES[1:], SHAPES[0]]):
+        path = folder / f'data/cue-conflict/{shape}/{shape}1-{texture}2.png'
+        path.parent.mkdir(parents=True)
+        shutil.copy(ROOT / 'demo/nuclei/image.png', path)
 
     # What the demo of classification and demo/pretraining.sh leave behind.
     init_default_scope('mmpretrain')

@@ -1,0 +1,351 @@
+"""What the pictures and comparisons show, against closed forms; and how they are made."""
+
+import csv
+import json
+import math
+
+import mmcv
+import pytest
+import torch
+from torch import nn
+
+import attention
+import benchmark
+import compare_kernels
+import erf
+import shape_bias
+from conftest import ROOT, SMALL, small
+from lska_mm import LSKA, LSKAVAN
+from lska_mm.models.lska import ATTENTIONS
+
+CONFIG = f"""
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
+data_preprocessor = dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], to_rgb=True)
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='LSKAVAN', arch={SMALL!r}, kernel_size=11, out_indices=(0, 1)))
+"""
+RESNET = "default_scope = 'mmpretrain'\nmodel = dict(backbone=dict(type='ResNet', depth=18))\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with images, two configs, and the checkpoint of one."""
+    (tmp_path / 'small_k11.py').write_text(CONFIG)
+    (tmp_path / 'resnet.py').write_text(RESNET)
+    state = {f'backbone.{key}': value for key, value in small().state_dict().items()}
+    torch.save(dict(state_dict=state), tmp_path / 'small.pth')
+    photo = mmcv.imread(str(ROOT / 'demo/nuclei/image.png'))
+    for name in ('a/1.png', 'b/2.jpg'):
+        mmcv.imwrite(photo[:200], str(tmp_path / f'images/{name}'))
+    return tmp_path
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run a tool in this process; returns its exit code and what it printed."""
+
+    def _main(tool, *words):
+        monkeypatch.setattr('sys.argv', [f'{tool.__name__}.py', *map(str, words)])
+        code = tool.main()
+        return code, ''.join(capsys.readouterr())
+
+    return _main
+
+
+def is_picture(path):
+    return min(mmcv.imread(str(path)).shape[:2]) > 200
+
+
+# --- Effective receptive field -----------------------------------------------------
+
+
+def test_field_of_a_convolution_is_its_kernel():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 1, (5, 7), padding=(2, 3))
+    nn.init.constant_(conv.bias, 10)  # no output is negative
+    field = erf.effective_receptive_field(conv, torch.rand(3, 2, 15, 15))
+    expected = torch.zeros(15, 15).double()
+    expected[5:10, 4:11] = conv.weight[0].detach().relu().sum(0)
+    torch.testing.assert_close(field, expected)
+
+
+def test_negative_outputs_do_not_count():
+    conv = nn.Conv2d(1, 2, 3, padding=1)
+    nn.init.ones_(conv.weight)
+    with torch.no_grad():
+        conv.bias.copy_(torch.tensor([0.0, -100.0]))
+    assert erf.effective_receptive_field(conv, torch.ones(1, 1, 5, 5)).sum() == 9
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+@pytest.mark.parametrize('k', [7, 23])
+def test_field_of_a_gate_of_ones_is_its_kernel_size(attention, k):
+    spatial = nn.Sequential(*list(LSKA(1, k, attention).children())[:-1])
+    for conv in spatial:
+        nn.init.ones_(conv.weight)
+    field = erf.effective_receptive_field(spatial, torch.ones(1, 1, 2 * k + 1, 2 * k + 1))
+    rows, columns = (field > 0).nonzero(as_tuple=True)
+    first, last = k - k // 2, k + k // 2
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (first, last, first, last)
+    assert len(rows) == k * k
+    assert erf.contribution_squares(field, [1])[0].side == k
+
+
+def test_squares_of_a_box():
+    """The square of side s holds (s / k)^2 of a box of side k."""
+    k, size, shares = 31, 64, (0.2, 0.5, 0.99, 1)
+    field = torch.zeros(size, size)
+    field[size // 2 - k // 2 : size // 2 + k // 2 + 1, 32 - 15 : 32 + 16] = 0.3
+    odd = range(1, k + 1, 2)
+    sides = [next(s for s in odd if s >= k * math.sqrt(share)) for share in shares]
+    assert sides == [15, 23, 31, 31]
+    assert erf.contribution_squares(field, shares) == [(s, (s / size) ** 2) for s in sides]
+
+
+def test_squares_end_with_the_image():
+    assert erf.contribution_squares(torch.ones(8, 8), [1]) == [(8, 1)]
+    assert erf.contribution_squares(torch.ones(5, 11), [1]) == [(11, 1)]
+
+
+def test_a_field_of_nothing_has_no_squares():
+    with pytest.raises(ValueError, match='sums to 0: there are no shares'):
+        erf.contribution_squares(torch.zeros(4, 4))
+
+
+def test_centre_of_the_map_must_be_the_centre_of_the_image():
+    with pytest.raises(ValueError, match=r'24 pixels has 3 points.* Take a multiple of 16'):
+        erf.effective_receptive_field(small().eval(), torch.rand(1, 3, 24, 24))
+
+
+def test_what_returns_no_map_is_refused():
+    with pytest.raises(ValueError, match=r'The Flatten returns \(1, 12\), which is no map'):
+        erf.effective_receptive_field(nn.Flatten(), torch.rand(1, 3, 2, 2))
+
+
+def test_erf_of_several_models(main, files):
+    out = files / 'out/erf.png'
+    config = files / 'small_k11.py'
+    code, printed = main(
+        erf, '--model', config, files / 'small.pth', '--model', files / 'resnet.py',
+        '--images', files / 'images', '--size', 64, '--out', out,
+    )  # fmt: skip
+    assert code == 0, printed
+    assert '2 images of' in printed
+    assert '| small_k11 | 11 | small.pth |' in printed
+    assert '| resnet |  | random weights |' in printed
+    assert is_picture(out)
+
+    paths = erf.find_images(files / 'images', 9)
+    images = torch.stack([torch.as_tensor(erf.read_square(path, 64)) for path in paths])
+    square, _, _ = erf.contribution_squares(  # the weights of the checkpoint, not others
+        erf.effective_receptive_field(small().eval(), images / 127.5 - 1)
+    )
+    assert f'| small.pth | {square.side} ({square.area:.1%}) |' in printed
+
+
+def test_erf_of_several_kernel_sizes(main, files):
+    code, printed = main(
+        erf, '--model', files / 'small_k11.py', '--kernel-sizes', 7, 11, '--num-images', 1,
+        '--images', files / 'images', '--size', 32, '--out', files / 'erf.png',
+        '--cfg-options', 'model.backbone.attention=LKA',
+    )  # fmt: skip
+    assert code == 0, printed
+    assert printed.count('| random weights |') == 2
+    assert '| small_k11 | 7 |' in printed
+    assert is_picture(files / 'erf.png')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--images', 'nowhere'], 'erf.py: No image (.jpg'),
+        (['--cfg-options', 'model.backbone.kernel_size=7'], 'kernel_size=11'),
+        (['--size', '24'], 'erf.py: The last map of 24 pixels has 3 points'),
+    ],
+)
+def test_erf_says_what_is_wrong(main, files, options, message):
+    code, printed = main(
+        erf, '--model', files / 'small_k11.py', files / 'small.pth',
+        '--images', files / 'images', '--size', 32, '--out', files / 'erf.png', *options,
+    )  # fmt: skip
+    assert code == 1
+    assert message in printed
+    assert not (files / 'erf.png').exists()
+
+
+def test_kernel_sizes_are_for_random_weights(main, files, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        main(erf, '--model', 'a.py', 'a.pth', '--kernel-sizes', 7, '--images', 'b', '--out', 'c')
+    assert '--kernel-sizes takes one --model, without a checkpoint' in capsys.readouterr().err
+
+
+# --- Gates -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+def test_gate_maps_are_the_factors(deploy):
+    """Though without gradients the product overwrites the factor."""
+    backbone, image, inputs = small().eval(), torch.rand(1, 3, 64, 96), []
+    if deploy:
+        backbone.switch_to_deploy()
+    gates = [block[-1].attn.spatial_gating_unit for block in (backbone.block1, backbone.block2)]
+    for gate in gates:
+        gate.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    maps = attention.gate_maps(backbone, image)
+    assert [(m.stage, m.block, m.kernel_size) for m in maps] == [(1, 1, 11), (2, 0, 11)]
+    for gate, x, (*_, factor) in zip(gates, inputs, maps):
+        expected = nn.Sequential(*gate.children())(x).abs().mean(1)[0]
+        torch.testing.assert_close(factor, expected.detach())
+    assert not any(gate.conv1._forward_hooks for gate in gates)
+
+
+def test_a_block_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match='Stage 2 has blocks 0 to 0, none 1'):
+        attention.gate_maps(small().eval(), torch.rand(1, 3, 32, 32), 1)
+
+
+@pytest.mark.parametrize(
+    ('config', 'size'),
+    [
+        ('demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py', '192 x 192'),
+        ('demo/lska-van-tiny_fpn_nuclei.py', '128 x 128'),
+        ('demo/lska-van-tiny_digits.py', '16 x 16'),
+    ],
+)
+def test_attention_in_three_tasks(main, published_file, tmp_path, config, size):
+    """At the size that the config's pipeline gives the image."""
+    out = tmp_path / 'out/attention.png'
+    image = ROOT / 'demo/nuclei/image.png'
+    code, printed = main(attention, ROOT / config, published_file, image, '--out', out)
+    assert code == 0, printed
+    assert f'| 1 | 2 | 23 | {size} |' in printed
+    assert '| 4 | 1 | 23 |' in printed
+    assert is_picture(out)
+
+
+def test_only_lska_van_has_gates(main, files):
+    from mmpretrain.models import ResNet
+
+    state = {f'backbone.{key}': value for key, value in ResNet(18).state_dict().items()}
+    torch.save(dict(state_dict=state), files / 'resnet.pth')
+    words = [files / 'resnet.py', files / 'resnet.pth', 'x.png', '--out', files / 'x.png']
+    code, printed = main(attention, *words)
+    assert code == 1
+    assert 'attention.py: The backbone is ResNet; only LSKAVAN has gates.' in printed
+
+
+# --- Kernels compared ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('gate', 'k', 'millions', 'giga'),
+    [
+        ('LSKA', 23, 4.03, 0.83),
+        ('LKA', 23, 4.11, 0.86),
+        ('LSKA-trivial', 23, 4.06, 0.85),
+        ('LKA-trivial', 23, 4.83, 1.15),
+        ('LSKA', 53, 4.06, 0.85),
+        ('LKA', 53, 4.49, 1.02),
+        ('LSKA-trivial', 53, 4.16, 0.88),
+        ('LKA-trivial', 53, 8.48, 2.60),
+    ],
+)
+def test_costs_of_the_four_gates(gate, k, millions, giga):
+    """Counted independently of this package."""
+    costs = compare_kernels.count_costs(compare_kernels.Classifier('tiny', k, gate), (224, 224))
+    assert costs['parameters'] / 1e6 == pytest.approx(millions, abs=0.005)
+    assert costs['multiply_adds'] / 1e9 == pytest.approx(giga, abs=0.005)
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_network_field_is_where_gradients_end(attention):
+    arch = dict(embed_dims=[8, 8], depths=[1, 1], ffn_ratios=[1, 1])
+    torch.manual_seed(0)
+    backbone = LSKAVAN(arch, 7, attention, out_indices=(1,)).double().eval()
+    field = erf.effective_receptive_field(backbone, torch.rand(1, 3, 160, 160).double())
+    rows, columns = (field > 0).nonzero(as_tuple=True)
+    sides = [int(places.max() - places.min()) + 1 for places in (rows, columns)]
+    # Stride 4: 7, gate 6 x 4, MLP 2 x 4; 2 x 4 more and stride 8: 6 x 8, 2 x 8.
+    assert [compare_kernels.network_field(backbone)] * 2 == sides == [111, 111]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No objection to a busy machine, and small images of noise."""
+    monkeypatch.setattr(benchmark, 'BUSY', 101)
+    monkeypatch.setattr(benchmark, 'SPREAD', 100)
+    monkeypatch.setattr(compare_kernels, 'NOISE', (1, 3, 64, 64))
+    return ['--size', '64x64', '--seconds', '0.01', '--kernel-sizes', '7', '11']
+
+
+@pytest.mark.parametrize('more', [[], ['--no-time']])
+def test_compare_kernels(main, quick, tmp_path, more):
+    gates = ['LSKA', 'LKA'] if more else ['LKA-trivial']
+    words = [*quick, '--attentions', *gates, '--out', tmp_path / 'out', *more]
+    code, printed = main(compare_kernels, *words)
+    assert code == 0, printed
+    out = tmp_path / 'out/compare_kernels'
+    rows = json.loads(out.with_suffix('.json').read_text())
+    expected = [(gate, k) for gate in gates for k in (7, 11)]
+    assert [(row['attention'], row['kernel_size']) for row in rows] == expected
+    assert all(('milliseconds' in row) == (not more) for row in rows)
+    assert all(row['gate_field'] == row['kernel_size'] for row in rows)
+    with out.with_suffix('.csv').open(newline='') as file:
+        assert [row['saved_bytes'] for row in csv.DictReader(file)] == [
+            str(row['saved_bytes']) for row in rows
+        ]
+    table = out.with_suffix('.md').read_text()
+    assert table in printed
+    assert table.count('\n') == 2 + len(rows)
+    assert is_picture(out.with_suffix('.png'))
+
+
+def test_compare_kernels_refuses_a_busy_machine(main, quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, 'BUSY', -1)
+    code, printed = main(compare_kernels, *quick, '--out', tmp_path / 'out')
+    assert code == 1
+    assert 'compare_kernels.py: ' in printed
+    assert '--no-time' in printed
+    assert not (tmp_path / 'out').exists()
+
+
+# --- Shape bias ----------------------------------------------------------------------
+
+HEAD = 'subj,session,trial,rt,object_response,category,condition,imagename\n'
+
+
+def test_shape_bias(main, tmp_path):
+    """Of a model's six conflicts: three by shape, one by texture, two by neither."""
+    answers = ['cat', 'cat', 'dog', 'car', 'oven', 'dog', 'cat']
+    images = ['cat1-dog2', 'cat2-dog1', 'cat3-dog1', 'cat1-bear3', 'dog1-cat2', 'dog9-cat1',
+              'cat1-cat2']  # fmt: skip
+    lines = [f'net,1,{i},NaN,{answer},{image[:3]},NaN,{image}.png\n'
+             for i, (answer, image) in enumerate(zip(answers, images))]  # fmt: skip
+    (tmp_path / 'net.csv').write_text(HEAD + ''.join(lines))
+    people = [f'subject-0{i},1,1,.5,cat,cat,0,0001_cue_dnn_0_cat_00_cat1-dog2.png\n' for i in '12']
+    (tmp_path / 'people.csv').write_text(HEAD + ''.join(people))
+    words = [tmp_path / 'net.csv', tmp_path / 'people.csv', '--out', tmp_path / 'out/bias.png']
+    code, printed = main(shape_bias, *words)
+    assert code == 0, printed
+    assert '| net | 6 | 50.0% | 16.7% | 0.750 |' in printed
+    assert '| humans | 2 | 100.0% | 0.0% | 1.000 |' in printed
+    assert is_picture(tmp_path / 'out/bias.png')
+    by_class = shape_bias.read([tmp_path / 'net.csv'])['net']
+    assert {name: d.shape_bias for name, d in by_class.items()} == {'cat': 2 / 3, 'dog': 1}
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('a,b\n', 'lacks the columns subj, object_response, category, imagename.'),
+        (HEAD, 'holds no image whose shape and texture differ'),
+    ],
+)
+def test_other_files_have_no_shape_bias(main, tmp_path, text, message):
+    (tmp_path / 'x.csv').write_text(text)
+    code, printed = main(shape_bias, tmp_path / 'x.csv', '--out', tmp_path / 'x.png')
+    assert code == 1
+    assert message in printed
+    assert not (tmp_path / 'x.png').exists()

@@ -1,0 +1,234 @@
+"""Compare gates and kernel sizes: what they cost, and how far they see.
+
+    python tools/analysis_tools/compare_kernels.py [--arch tiny] [--attentions LSKA LKA]
+        [--kernel-sizes 7 23 53] [--no-time] --out DIR
+
+DIR takes compare_kernels.md, .csv, .json and .png. A row is a classifier of 1000
+classes:
+
+    parameters       of the whole, with the head
+    multiply-adds    of convolutions and matrix products, for one image of --size
+    ms, ±            an inference with one image: median and spread, measured in turns
+                     with all others and under the conditions of benchmark.py;
+                     --no-time leaves them out, for machines that are busy
+    training MiB     what is kept of one image for the backward pass
+    gate sees        side of what a gate sees of its map: its kernel size
+    network sees     side of what a point of the last map may depend on, in pixels
+    50 %, 99 % in    side of the square that holds so much of the effective receptive
+                     field (tools/visualization/erf.py) with random weights, averaged
+                     over images of noise, 256 x 256. A new network scales what its
+                     blocks add by 0.01, so its gates hardly count yet.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+
+from benchmark import (
+    BusyError,
+    WideSpreadError,
+    calmly,
+    check_idle,
+    keep_heap,
+    make_step,
+    median_and_spread,
+    multiply_adds,
+    parse_size,
+    saved_bytes,
+    time_all,
+)
+from lska_mm import LSKAVAN
+from lska_mm.models.lska import ATTENTIONS
+from lska_mm.models.lska_van import ARCHS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'visualization'))
+from attention import gate_field
+from erf import contribution_squares, effective_receptive_field, init_weights
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+CLASSES = 1000
+NOISE = (4, 3, 256, 256)  # images for the effective receptive field
+SHARES = (0.5, 0.99)
+CPU = torch.device('cpu')
+# Key of a row: its column's head, and how a cell is written.
+COLUMNS = dict(
+    attention=('gate', str),
+    kernel_size=('k', str),
+    parameters=('parameters (M)', lambda n: f'{n / 1e6:.2f}'),
+    multiply_adds=('multiply-adds (G)', lambda n: f'{n / 1e9:.2f}'),
+    milliseconds=('ms', lambda ms: f'{ms:.1f}'),
+    spread=('±', lambda share: f'{share:.0%}'),
+    saved_bytes=('training MiB', lambda n: f'{n / 2**20:.1f}'),
+    gate_field=('gate sees', str),
+    network_field=('network sees', str),
+    erf_50=('50 % in', str),
+    erf_99=('99 % in', str),
+)
+PANELS = dict(
+    parameters=('parameters (M)', 1e6),
+    multiply_adds=('multiply-adds (G)', 1e9),
+    milliseconds=('inference (ms)', 1),
+    saved_bytes=('kept for the backward pass (MiB)', 2**20),
+)
+
+
+class Classifier(nn.Module):
+    """The backbone with a linear head."""
+
+    def __init__(self, arch: str, kernel_size: int, attention: str):
+        super().__init__()
+        self.backbone = LSKAVAN(arch, kernel_size, attention)
+        self.head = nn.Linear(self.backbone.arch['embed_dims'][-1], CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images)[-1].mean((2, 3)))
+
+
+def network_field(backbone: LSKAVAN) -> int:
+    """Side of what a point of the last map may depend on, in pixels of the image."""
+    field = stride = 1
+    for stage in range(1, backbone.num_stages + 1):
+        proj = getattr(backbone, f'patch_embed{stage}').proj
+        field += (proj.kernel_size[0] - 1) * stride
+        stride *= proj.stride[0]
+        for block in getattr(backbone, f'block{stage}'):
+            gate, mlp = block.attn.spatial_gating_unit, block.mlp.dwconv
+            field += (gate_field(gate) - 1 + mlp.kernel_size[0] - 1) * stride
+    return field
+
+
+def count_costs(model: Classifier, size: tuple[int, int]) -> dict[str, int]:
+    """Parameters, and multiply-adds for an image, from shapes; moves the model to `meta`."""
+    image = torch.rand(1, 3, *size, device='meta')
+    return dict(
+        parameters=sum(p.numel() for p in model.parameters()),
+        multiply_adds=multiply_adds(model.to('meta').eval(), image),
+    )
+
+
+def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) -> dict[str, Any]:
+    """A row without times."""
+    torch.manual_seed(0)
+    model = Classifier(arch, kernel_size, attention)
+    backbone = model.backbone
+    init_weights(backbone)
+    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
+    field = effective_receptive_field(backbone.eval(), noise)
+    half, nearly_all = contribution_squares(field, SHARES)
+    return dict(
+        attention=attention,
+        kernel_size=kernel_size,
+        saved_bytes=saved_bytes(model.train(), torch.rand(1, 3, *size)),
+        gate_field=gate_field(backbone.block1[0].attn.spatial_gating_unit),
+        network_field=network_field(backbone),
+        erf_50=half.side,
+        erf_99=nearly_all.side,
+        **count_costs(model, size),
+    )
+
+
+def measure(args: argparse.Namespace, rows: list[dict]) -> None:
+    """Add the times of an inference to the rows; all in turns.
+
+    Raises:
+        WideSpreadError: If times vary too much.
+    """
+    image = torch.rand(1, 3, *args.size)
+    steps = {}
+    for row in rows:
+        model = Classifier(args.arch, row['kernel_size'], row['attention']).eval()
+        steps[row['attention'], row['kernel_size']] = make_step(model, image, False, False)
+    times, _ = time_all(steps, CPU, args.seconds * len(steps))
+    for row, ((attention, k), values) in zip(rows, times.items()):
+        name = f'{attention}, {args.arch} k={k}'
+        row['milliseconds'], row['spread'] = median_and_spread(name, values)
+
+
+def make_table(rows: list[dict]) -> str:
+    """Markdown: a row a gate and kernel size."""
+    columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
+    cells = [[head for head, _ in columns.values()], ['---'] * len(columns)]
+    cells += [[write(row[key]) for key, (_, write) in columns.items()] for row in rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in cells)
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """Each cost against kernel size, a line a gate."""
+    panels = {key: panel for key, panel in PANELS.items() if key in rows[0]}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.5 * len(panels), 3.9), layout='constrained'
+    )
+    sizes = sorted({row['kernel_size'] for row in rows})
+    for axis, (key, (label, unit)) in zip(axes, panels.items()):
+        for attention, marker in zip(dict.fromkeys(row['attention'] for row in rows), 'osD^'):
+            points = [
+                (row['kernel_size'], row[key] / unit)
+                for row in rows
+                if row['attention'] == attention
+            ]
+            axis.plot(*zip(*sorted(points)), marker=marker, markersize=5, label=attention)
+        axis.set(title=label, xlabel='kernel size', xticks=sizes)
+        axis.set_ylim(0, 1.08 * max(row[key] for row in rows) / unit)
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Compare gates and kernel sizes')
+    parser.add_argument('--arch', default='tiny', choices=list(ARCHS))
+    parser.add_argument('--attentions', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
+    parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 11, 23, 35, 53, 65])
+    parser.add_argument('--size', type=parse_size, default=(224, 224), metavar='HEIGHTxWIDTH')
+    parser.add_argument('--no-time', action='store_true', help='measure no times')
+    parser.add_argument('--seconds', type=float, default=2, help='of measuring, for each row')
+    parser.add_argument('--out', type=Path, required=True, help='folder for tables and plot')
+    args = parser.parse_args()
+    try:
+        if not args.no_time:
+            check_idle()
+        rows = []
+        for attention, k in itertools.product(args.attentions, args.kernel_sizes):
+            rows.append(count(args.arch, k, attention, args.size))
+            print(f'counted: {attention}, k={k}', flush=True)
+        if not args.no_time:
+            keep_heap()
+            calmly(measure, args, rows)
+    except (BusyError, WideSpreadError) as error:
+        print(f'compare_kernels.py: {error} Or leave the times out with --no-time.',
+              file=sys.stderr)  # fmt: skip
+        return 1
+    except ValueError as error:  # of a kernel size
+        print(f'compare_kernels.py: {error}', file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / 'compare_kernels'
+    title = f'{args.arch}, {args.size[0]} x {args.size[1]} pixels'
+    columns = [key for key in COLUMNS if key in rows[0]]
+    out.with_suffix('.md').write_text(f'{make_table(rows)}\n')
+    out.with_suffix('.json').write_text(json.dumps(rows, indent=1))
+    with out.with_suffix('.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, title, out.with_suffix('.png'))
+    print(f'\n{title}\n\n{make_table(rows)}\n\nwritten to {out}.{{md,csv,json,png}}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

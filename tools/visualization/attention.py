@@ -1,0 +1,191 @@
+"""Draw what the large-kernel gates of a trained model look at in an image.
+
+    python tools/visualization/attention.py CONFIG CHECKPOINT IMAGE --out FILE.png [--block 0]
+
+A gate multiplies each pixel of each channel by a factor that it computes from a
+neighbourhood of kernel_size x kernel_size. Drawn is the factor's absolute value,
+averaged over the channels, relative to its mean over the image: 1 is the average,
+2 is amplified twice as much. A panel a stage, all on one scale, of the last block
+or of the one that --block names. Printed is what the picture leaves out: the size
+of the maps, and the absolute factors.
+
+The config may be a detector's, a segmentor's or a classifier's with the backbone
+LSKAVAN; the image goes through its test pipeline.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config, DictAction
+from mmengine.registry import TRANSFORMS
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from erf import load_backbone, normalise
+from lska_mm import LSKA, LSKAVAN
+from lska_mm.checkpoint import CheckpointError
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+
+class GateMap(NamedTuple):
+    """The factor of one gate: its place, and its map (H', W')."""
+
+    stage: int
+    block: int
+    kernel_size: int
+    factor: Tensor
+
+
+def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap]:
+    """The absolute factors, averaged over channels, of one gate in each stage.
+
+    Args:
+        backbone: In evaluation mode, deployed or not.
+        image: One normalised image (1, C, H, W).
+        block: Index of the block in its stage, negative from the end.
+
+    Raises:
+        ValueError: If a stage has no such block.
+    """
+    maps, handles = [], []
+
+    def keep(stage: int, index: int, gate: LSKA) -> None:
+        # Not the factor itself: without gradients the product takes its memory.
+        def hook(module, inputs, output):
+            maps.append(GateMap(stage, index, gate_field(gate), output.abs().mean(1)[0].cpu()))
+
+        handles.append(gate.conv1.register_forward_hook(hook))
+
+    try:
+        for stage in range(1, backbone.num_stages + 1):
+            blocks = getattr(backbone, f'block{stage}')
+            if not -len(blocks) <= block < len(blocks):
+                raise ValueError(f'Stage {stage} has blocks 0 to {len(blocks) - 1}, none {block}.')
+            index = block % len(blocks)
+            keep(stage, index, blocks[index].attn.spatial_gating_unit)
+        with torch.no_grad():
+            backbone(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps
+
+
+def gate_field(gate: LSKA) -> int:
+    """Side of what the convolutions of a gate see together: its kernel size."""
+    return 1 + sum(conv.dilation[1] * (conv.kernel_size[1] - 1) for conv in gate)
+
+
+def read_image(cfg: Config, path: Path) -> Tensor:
+    """An image after the config's test pipeline: (3, H, W) in BGR, 0 to 255.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the config has no pipeline for tests.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'No image at {path}.')
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset:  # RepeatDataset and the like
+        dataset = dataset['dataset']
+    if 'pipeline' not in dataset:
+        raise ValueError(f'{cfg.filename} has no test_dataloader.dataset.pipeline.')
+    steps = [step for step in dataset['pipeline'] if 'Annotations' not in step['type']]
+    pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    return pipeline(dict(img_path=str(path), img_id=0))['inputs']
+
+
+def make_table(maps: list[GateMap]) -> str:
+    """Markdown: a row a gate, with the absolute factors."""
+    head = ['stage', 'block', 'kernel size', 'map', 'mean factor', 'lowest', 'highest']
+    rows = [head, ['---'] * len(head)]
+    for stage, block, size, factor in maps:
+        height, width = factor.shape
+        values = [f'{value:.3f}' for value in (factor.mean(), factor.min(), factor.max())]
+        rows.append([str(stage), str(block), str(size), f'{height} x {width}', *values])
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def plot(image: Tensor, maps: list[GateMap], path: Path) -> None:
+    """The image (3, H, W) in BGR, and a panel a gate over it, on a common scale."""
+    picture = image.flip(0).permute(1, 2, 0).numpy().astype(np.uint8)
+    height, width = picture.shape[:2]
+    grey = picture.mean(2) / 255
+    relative = [gate.factor / gate.factor.mean() for gate in maps]
+    highest = max(2.0, float(np.quantile(torch.cat([r.flatten() for r in relative]), 0.995)))
+    panel = np.array([3.0 * max(width / height, 0.6), 3.0])
+    figure, axes = plt.subplots(
+        1,
+        len(maps) + 1,
+        figsize=(panel[0] * (len(maps) + 1) + 0.9, panel[1] + 0.6),
+        layout='constrained',
+    )
+    axes[0].imshow(picture)
+    axes[0].set_title('image', fontsize=9)
+    for axis, gate, factor in zip(axes[1:], maps, relative):
+        # Enlarged here, so that map and image cover the same pixels.
+        shown = F.interpolate(factor[None, None], (height, width), mode='bilinear')[0, 0]
+        axis.imshow(grey, cmap='gray', vmin=0, vmax=1)
+        drawn = axis.imshow(shown.numpy(), cmap='inferno', vmin=0, vmax=highest, alpha=0.65)
+        axis.set_title(
+            f'stage {gate.stage}, block {gate.block}, kernel {gate.kernel_size}', fontsize=9
+        )
+    for axis in axes:
+        axis.axis('off')
+    bar = figure.colorbar(drawn, ax=axes, extend='max', shrink=0.85, pad=0.01)
+    bar.set_label('factor / its mean', fontsize=9)
+    bar.solids.set_alpha(1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw(args: argparse.Namespace) -> list[GateMap]:
+    """Compute the maps and write the picture.
+
+    Raises:
+        CheckpointError, OSError, ValueError: Say what is wrong.
+    """
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    backbone = load_backbone(cfg, args.checkpoint)
+    if not isinstance(backbone, LSKAVAN):
+        raise ValueError(f'The backbone is {type(backbone).__name__}; only LSKAVAN has gates.')
+    image = read_image(cfg, args.image)
+    maps = gate_maps(backbone.to(args.device), normalise(image[None], cfg).to(args.device),
+                     args.block)  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    plot(image, maps, args.out)
+    return maps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Draw what the gates look at')
+    parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('image', type=Path, help='an image')
+    parser.add_argument('--out', type=Path, required=True, help='file to write, .png')
+    parser.add_argument('--block', type=int, default=-1,
+                        help='of each stage, negative from the end')  # fmt: skip
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
+                        help='override settings of the config: key=value')  # fmt: skip
+    args = parser.parse_args()
+    try:
+        maps = draw(args)
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f'attention.py: {error}', file=sys.stderr)
+        return 1
+    print(f'{make_table(maps)}\nwritten to {args.out}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
