@@ -239,26 +239,6 @@ def test_only_lska_van_has_gates(main, files):
 # --- Kernels compared ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ('gate', 'k', 'millions', 'giga'),
-    [
-        ('LSKA', 23, 4.03, 0.83),
-        ('LKA', 23, 4.11, 0.86),
-        ('LSKA-trivial', 23, 4.06, 0.85),
-        ('LKA-trivial', 23, 4.83, 1.15),
-        ('LSKA', 53, 4.06, 0.85),
-        ('LKA', 53, 4.49, 1.02),
-        ('LSKA-trivial', 53, 4.16, 0.88),
-        ('LKA-trivial', 53, 8.48, 2.60),
-    ],
-)
-def test_costs_of_the_four_gates(gate, k, millions, giga):
-    """Counted independently of this package."""
-    costs = compare_kernels.count_costs(compare_kernels.Classifier('tiny', k, gate), (224, 224))
-    assert costs['parameters'] / 1e6 == pytest.approx(millions, abs=0.005)
-    assert costs['multiply_adds'] / 1e9 == pytest.approx(giga, abs=0.005)
-
-
 @pytest.mark.parametrize('attention', ATTENTIONS)
 def test_network_field_is_where_gradients_end(attention):
     arch = dict(embed_dims=[8, 8], depths=[1, 1], ffn_ratios=[1, 1])

@@ -8,8 +8,8 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
+from compare_kernels import Classifier, count_costs
 from conftest import REFERENCE, SMALL, published_state, reference_image, small
 from lska_mm import LSKAVAN
 
@@ -47,23 +47,9 @@ def test_outputs_equal_the_published_ones(arch, k, tmp_path):
     ],
 )
 def test_counts_with_head(arch, parameters, multiply_adds):
-    assert count_with_head(LSKAVAN(arch)) == (parameters, pytest.approx(multiply_adds, abs=5e-5))
-
-
-def count_with_head(backbone):
-    """Parameters, and multiply-adds (G) at 224 x 224, of a classifier of 1000 classes."""
-    head = nn.Linear(backbone.arch['embed_dims'][-1], 1000)
-    model = nn.Sequential(backbone, _Last(), head).eval().to('meta')
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():  # torch 2.1 recomputes nothing on 'meta'
-        model(torch.rand(1, 3, 224, 224, device='meta'))
-    parameters = sum(p.numel() for p in model.parameters())
-    return parameters, counter.get_total_flops() / 2 / 1e9
-
-
-class _Last(nn.Module):
-    def forward(self, stages):
-        return stages[-1].mean((2, 3))
+    costs = count_costs(Classifier(arch, 23, 'LSKA'), (224, 224))
+    assert costs['parameters'] == parameters
+    assert costs['multiply_adds'] / 1e9 == pytest.approx(multiply_adds, abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +67,9 @@ class _Last(nn.Module):
 )
 def test_counts_of_the_four_gates(attention, k, millions, multiply_adds):
     """Tiny with head, counted independently of this package."""
-    parameters, counted = count_with_head(LSKAVAN('tiny', k, attention))
-    assert parameters / 1e6 == pytest.approx(millions, abs=0.005)
-    assert counted == pytest.approx(multiply_adds, abs=0.005)
+    costs = count_costs(Classifier('tiny', k, attention), (224, 224))
+    assert costs['parameters'] / 1e6 == pytest.approx(millions, abs=0.005)
+    assert costs['multiply_adds'] / 1e9 == pytest.approx(multiply_adds, abs=0.005)
 
 
 def test_lka_equals_mmpretrain_van(tmp_path):
