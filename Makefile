@@ -1,6 +1,7 @@
 # make demo      train LSKA-VAN under Mask R-CNN on the embedded microscopy image;
 #                TASK=segmentation or classification for the other two tasks
 # make test      pass the tests
+# make soak      their long forms: hours
 # make lint      what CI checks before the tests
 # make setup     only the virtual environment that these need
 #
@@ -18,7 +19,7 @@ endif
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready-$(STACK)
 
-.PHONY: demo test lint setup
+.PHONY: demo test soak lint setup
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -35,6 +36,9 @@ demo: $(READY)
 
 test: $(READY)
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
+
+soak: $(READY)
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -m soak -s
 
 lint: $(READY)
 	@PATH="$(BIN):$$PATH" ruff check .
