@@ -2,30 +2,46 @@
 
 Importing the package registers everything it offers in MMEngine's root
 registry, where mmdet, mmseg and mmpretrain find it without a prefix, and makes
-MMEngine read local checkpoints through `lska_mm.loader.load_from_local`:
+MMEngine read local checkpoints through `lska_mm.loader.load_from_local` and write
+local files through `WholeFileBackend`:
 
     custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
 """
 
+from mmengine.fileio import register_backend
 from mmengine.runner import CheckpointLoader
 
-from .hooks import CheckLabelsHook
+from .data import BadImagesHook, GuardedDataset, SeededBatches
+from .files import WholeFileBackend
+from .hooks import CheckLabelsHook, NonFiniteHook
 from .kernels import ResizedPretrained
 from .loader import load_from_local
 from .models import LSKA, LSKAVAN, LSKANeck
-from .optim import LayerDecayOptimWrapperConstructor
+from .optim import AutocastOptimWrapper, LayerDecayOptimWrapperConstructor
+from .resume import ExactResumeHook, SaveOnSignalHook, WholeCheckpointHook
 
 __version__ = '0.1.0'
 __all__ = [
     'LSKA',
     'LSKAVAN',
+    'AutocastOptimWrapper',
+    'BadImagesHook',
     'CheckLabelsHook',
+    'ExactResumeHook',
+    'GuardedDataset',
     'LSKANeck',
     'LayerDecayOptimWrapperConstructor',
+    'NonFiniteHook',
     'ResizedPretrained',
+    'SaveOnSignalHook',
+    'SeededBatches',
+    'WholeCheckpointHook',
+    'WholeFileBackend',
     'load_from_local',
 ]
 
 # `force`, because MMEngine has a reader of local files of its own: one that
 # answers a refused pickle by running it.
 CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+# And a backend that leaves half a file behind when it is interrupted.
+register_backend('local', WholeFileBackend, prefixes='', force=True)

@@ -1,11 +1,15 @@
-"""A hook that looks at what a model is trained and tested on."""
+"""Hooks that stop a training which would come to nothing, and say why."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.utils import apply_to
+from torch import Tensor, nn
+
+from .data import seed_everything
 
 
 @HOOKS.register_module()
@@ -63,3 +67,116 @@ def _labels_of(model: Any) -> tuple[int, int]:
     if isinstance(head, torch.nn.ModuleList):  # a cascade
         head = head[-1]
     return head.num_classes, head.ignore_index
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, a weight or a gradient is infinite or not a number."""
+
+
+@HOOKS.register_module()
+class NonFiniteHook(Hook):
+    """Stops at the first loss that is infinite or not a number, and says where it is from.
+
+    The weights are still those before the step then: the step is computed once
+    more, and the first module is named that makes non-finite values of finite
+    ones. Weights that are not finite are never saved. Looking at the loss waits
+    for a GPU once in a step.
+
+    Raises:
+        NonFiniteError: Names the step and the module, weight or loss.
+    """
+
+    def __init__(self) -> None:
+        self._batch: Any = None
+
+    def before_train(self, runner) -> None:
+        """Look at each loss before the weights are updated by it."""
+        wrapper = runner.optim_wrapper
+        update = wrapper.update_params
+
+        def checked(loss: Tensor, *args, **kwargs) -> None:
+            if not loss.isfinite().all():
+                raise NonFiniteError(self._explain(runner))
+            update(loss, *args, **kwargs)
+
+        wrapper.update_params = checked
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Keep the batch, should it have to be computed once more."""
+        self._batch = data_batch
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Keep weights that are not finite out of checkpoints."""
+        name = _first_non_finite(checkpoint['state_dict'].items())
+        if name:
+            raise NonFiniteError(
+                f'Step {runner.iter + 1}: the weights are not finite (first: {name}), so '
+                f'no checkpoint was written. {self._advice(runner)}'
+            )
+
+    def _explain(self, runner) -> str:
+        step = f'Step {runner.iter + 1}: the loss is not finite'
+        name = _first_non_finite(runner.model.named_parameters())
+        if name:
+            reason = f'since the step before made weights so (first: {name})'
+        else:
+            reason = _trace(runner, self._batch)
+        return f'{step}, {reason}. {self._advice(runner)}'
+
+    @staticmethod
+    def _advice(runner) -> str:
+        rates = [rate for group in runner.optim_wrapper.get_lr().values() for rate in group]
+        return (
+            f'The learning rate is {max(rates):.2g}: lower it, warm up for longer, or clip '
+            'gradients (optim_wrapper.clip_grad), and --resume from the last checkpoint.'
+        )
+
+
+def _first_non_finite(named: Iterator[tuple[str, Tensor]] | Any) -> str | None:
+    return next(
+        (name for name, value in named if value.is_floating_point() and not _is_finite(value)),
+        None,
+    )
+
+
+def _is_finite(values: Any) -> bool:
+    """Whether all tensors in nested containers are finite."""
+    finite = True
+
+    def look(tensor: Tensor) -> Tensor:
+        nonlocal finite
+        finite = finite and bool(tensor.isfinite().all())
+        return tensor
+
+    apply_to(values, lambda value: isinstance(value, Tensor), look)
+    return finite
+
+
+def _trace(runner, batch: Any) -> str:
+    """Compute a step once more and name the first module that breaks it."""
+    model: Any = runner.model
+    while hasattr(model, 'module'):  # DDP
+        model = model.module
+    culprit: str | None = None
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal culprit
+            if culprit is None and not _is_finite(output):
+                culprit = f'{name} ({type(module).__name__}), the first module with such values'
+
+        return module.register_forward_hook(look)
+
+    handles = [watch(name, module) for name, module in model.named_modules() if name]
+    try:
+        seed_everything(runner.seed, runner.iter)
+        # With gradients: without them some modules are computed together.
+        with runner.optim_wrapper.optim_context(model):
+            data = model.data_preprocessor(batch, True)
+            losses = model._run_forward(data, mode='loss')
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, value in losses.items() if not _is_finite(value)]
+    origin = culprit or 'none of the modules: the loss functions themselves'
+    return f'from {origin}; losses concerned: {", ".join(names) or "none this time"}'

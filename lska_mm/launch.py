@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 
 from .checkpoint import CheckpointError, convert_key, summarize
 from .loader import get_state_dict
+from .resume import find_checkpoint, read_meta
+
+SPLITS = ('train', 'val', 'test')
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -164,8 +168,71 @@ def load_model(config: str, checkpoint: str) -> tuple[Config, Any]:
     return cfg, model
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the Runner; several processes without a GPU talk through gloo."""
+def resume(cfg: Config, checkpoint: str) -> dict[str, int]:
+    """Let a training go on where a checkpoint leaves it.
+
+    Args:
+        cfg: Gets ``load_from``, ``resume`` and the seed of the training so far.
+        checkpoint: A file, or ``'auto'`` for the newest whole one in the work dir.
+
+    Returns:
+        The ``iter`` and ``epoch`` that are done; nothing without a checkpoint.
+
+    Raises:
+        CheckpointError: See `find_checkpoint` and `read_meta`.
+    """
+    if checkpoint == 'auto':
+        found = find_checkpoint(cfg.work_dir)
+        if found is None:
+            cfg.resume = False
+            print_log(
+                f'--resume: no checkpoint in {cfg.work_dir}, training starts anew.',
+                logger='current',
+                level=logging.WARNING,
+            )
+            return {}
+        checkpoint, meta = found
+    else:
+        meta = read_meta(checkpoint)
+    cfg.resume, cfg.load_from = True, checkpoint
+    cfg.setdefault('randomness', {}).seed = meta['seed']
+    return dict(iter=meta['iter'], epoch=meta['epoch'])
+
+
+def guard_data(
+    loaders: Mapping[str, Any], position: Mapping[str, int] = {}, max_bad_images: int = 0
+) -> None:
+    """Let datasets name bad files, and each draw from them depend on its place alone.
+
+    Args:
+        loaders: Configs of dataloaders, changed in place, under the names of
+            their splits. What is built already stays as it is.
+        position: Where a training goes on, see `resume`.
+        max_bad_images: See `GuardedDataset`; in training only.
+    """
+    for split, loader in loaders.items():
+        if not isinstance(loader, dict):
+            continue
+        loader['dataset'] = dict(type='GuardedDataset', dataset=loader['dataset'])
+        if split == 'train':
+            loader['dataset']['max_bad_images'] = max_bad_images
+            loader['batch_sampler'] = dict(
+                type='SeededBatches',
+                batch_sampler=loader.get('batch_sampler'),
+                drop_last=loader.pop('drop_last', False),
+                **position,
+            )
+
+
+def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
+    """Build the Runner of a training that can be interrupted, or of a test.
+
+    Several processes without a GPU talk through gloo.
+
+    Args:
+        cfg: A config of any of the three toolboxes.
+        position: Where a training goes on, see `resume`.
+    """
     if cfg.launcher == 'pytorch' and get_device() == 'cpu' and not is_distributed():
         # MMEngine would set a CUDA device and hand its number to DDP.
         torch.distributed.init_process_group('gloo')
@@ -184,7 +251,15 @@ def build_runner(cfg: Config) -> Runner:
                 logger='current',
                 level=logging.WARNING,
             )
+    checkpoints = cfg.get('default_hooks', {}).get('checkpoint')
+    if checkpoints and checkpoints.type == 'CheckpointHook':
+        checkpoints.type = 'WholeCheckpointHook'
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    # The Runner's own, not yet built: the config is dumped as its author wrote it.
+    loaders = {split: getattr(runner, f'_{split}_dataloader') for split in SPLITS}
+    guard_data(loaders, position or {}, cfg.get('max_bad_images', 0))
+    for hook in ('ExactResumeHook', 'BadImagesHook', 'NonFiniteHook', 'SaveOnSignalHook'):
+        runner.register_hook(dict(type=hook))
     if runner.distributed:
         runner.logger.info(
             f'Distributed: world size {runner.world_size}, '

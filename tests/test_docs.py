@@ -106,6 +106,14 @@ COMMANDS = {
             'Epoch(val) [1][1/1]',
         ),
     },
+    'docs/robustness.md': {
+        'python tools/train.py demo/lska-van-tiny_fpn_nuclei.py --resume': (
+            ['--cfg-options', *SEGMENTOR_SHORT], 'resumed epoch: 0, iter: 1',
+        ),
+        'python tools/train.py demo/lska-van-tiny_fpn_nuclei.py --cfg-options max_bad_images=10': (
+            SEGMENTOR_SHORT, 'Iter(val) [1/1]',
+        ),
+    },
     'docs/model_zoo.md': {},
     'docs/pictures.md': {
         f'python tools/visualization/erf.py --model {IN1K} {WEIGHTS} --model {IN1K} '

@@ -6,7 +6,9 @@
 The config's `default_scope` says which toolbox it is for.
 """
 
-from lska_mm.launch import base_parser, build_runner, check_data, load_config
+from mmengine.device import get_device
+
+from lska_mm.launch import base_parser, build_runner, check_data, load_config, resume
 
 
 def parse_args():
@@ -31,19 +33,22 @@ def main():
     args = parse_args()
     cfg = load_config(args)
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        if get_device() == 'cpu':
+            cfg.optim_wrapper.type = 'AutocastOptimWrapper'
+        else:
+            cfg.optim_wrapper.type = 'AmpOptimWrapper'
+            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise KeyError(
                 f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}.'
             )
         cfg.auto_scale_lr.enable = True
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
     check_data(cfg, 'train', 'val')
-    build_runner(cfg).train()
+    position = None
+    if args.resume or cfg.get('resume'):
+        position = resume(cfg, args.resume or cfg.get('load_from') or 'auto')
+    build_runner(cfg, position).train()
 
 
 if __name__ == '__main__':

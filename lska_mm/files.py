@@ -1,0 +1,71 @@
+"""Writing files that are whole or not there at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from mmengine.fileio import LocalBackend
+
+
+@contextmanager
+def whole_file(path: str | Path, mode: str = 'wb') -> Iterator[IO]:
+    """A file beside ``path`` to write to, which takes its place at the end.
+
+    Whatever happens in between, ``path`` holds what it held before.
+
+    Raises:
+        OSError: If it cannot be written; names the disk and what is free on it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Closed before it is moved, therefore no `with` of its own.
+    file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+        mode, dir=path.parent, prefix='.', suffix='.part', delete=False
+    )
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        os.unlink(file.name)
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno,
+            f'{path} was not written: {error.strerror}. {free / 2**20:.0f} MiB are free on the '
+            f'disk mounted at {_mount_point(path.parent)}. What the file held before is still '
+            'there. Make room, and go on from the last checkpoint with --resume.',
+        ) from error
+    except BaseException:
+        os.unlink(file.name)
+        raise
+
+
+def _mount_point(folder: Path) -> Path:
+    folder = folder.resolve()
+    while not os.path.ismount(folder):
+        folder = folder.parent
+    return folder
+
+
+class WholeFileBackend(LocalBackend):
+    """MMEngine's backend of local files, with files that are written whole.
+
+    Importing the package registers it in the place of MMEngine's own, so that
+    a checkpoint is never half a one: not after a kill, not on a full disk.
+    """
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write bytes to a file; its folder is made."""
+        with whole_file(filepath) as file:
+            file.write(obj)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """Write text to a file; its folder is made."""
+        self.put(obj.encode(encoding), filepath)

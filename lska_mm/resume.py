@@ -1,0 +1,225 @@
+"""Training that can be interrupted at any moment and loses nothing.
+
+What is drawn at random in a step depends on the training's seed and on the
+step's number alone, see also `lska_mm.data`. So a checkpoint needs to hold no
+state of a generator, and a training continued from it ends with the weights of
+one that was never interrupted.
+"""
+
+import logging
+import signal
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.fileio import join_path
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
+
+from .checkpoint import CheckpointError
+from .data import seed_everything
+from .files import whole_file
+from .loader import load_from_local
+
+# What a process ends with when it was asked to go and saved everything before:
+# sysexits.h calls this code a failure after which one should try again.
+EXIT_CODE = 75
+
+
+def find_checkpoint(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
+    """The newest checkpoint that training can go on from.
+
+    Args:
+        work_dir: Of the training; its file ``last_checkpoint`` may lead elsewhere.
+
+    Returns:
+        The file and its ``meta``; None if there are no checkpoints.
+
+    Raises:
+        CheckpointError: If there are checkpoints, and none can be read.
+    """
+    folders = {Path(work_dir)}
+    last = Path(work_dir, 'last_checkpoint')
+    named = last.read_text().strip() if last.is_file() else ''
+    if named:
+        folders.add(Path(named).parent)
+    files = sorted(
+        (file for folder in folders for file in folder.glob('*.pth')),
+        key=lambda file: file.stat().st_mtime_ns,
+        reverse=True,
+    )
+    problems = []
+    for file in files:
+        try:
+            return str(file), read_meta(file)
+        except CheckpointError as error:
+            problems.append(f'{error}')
+            print_log(f'--resume passes over {error}', 'current', logging.WARNING)
+    if problems:
+        raise CheckpointError(
+            f'--resume: {work_dir} has {len(files)} checkpoints, and none can be continued. '
+            f'The newest: {problems[0]} Name another with --resume CKPT, or train anew in '
+            'another --work-dir.'
+        )
+    return None
+
+
+def read_meta(file: str | Path) -> dict[str, Any]:
+    """The ``meta`` of a checkpoint that training can go on from.
+
+    Raises:
+        CheckpointError: If it is damaged, or holds only a model.
+    """
+    checkpoint = load_from_local(str(file), 'cpu')
+    missing = [key for key in ('meta', 'optimizer', 'message_hub') if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f'{file}, which has no {" and no ".join(missing)}: training can start from such a '
+            'file (--cfg-options load_from=FILE), not go on from it.'
+        )
+    return checkpoint['meta']
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Makes what is random in a step depend on the seed and the step alone.
+
+    For dropped paths, boxes that are sampled, mixed images and whatever else
+    is drawn in the process that trains. Images have their own seeds.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner) -> None:
+        """Keep MMEngine from reading again what was trained on before."""
+        loop = runner.train_loop
+        advances = not getattr(loop, 'fast_forward_on_resume', False)
+        if isinstance(loop, IterBasedTrainLoop) and loop.iter and advances:
+            loop.dataloader_iterator = _Advanced(loop.dataloader_iterator, loop.iter)
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Seed the generators of this process."""
+        seed_everything(runner.seed, runner.iter)
+
+
+class _Advanced:
+    """An iterator of batches that already stands where a loop wants to bring it."""
+
+    def __init__(self, iterator: Any, steps: int) -> None:
+        self.iterator = iterator
+        self.steps = steps
+
+    def skip_iter(self, steps: int) -> None:
+        self.steps -= steps
+
+    def __next__(self) -> Any:
+        if self.steps > 0:
+            self.steps -= 1
+            return None
+        return next(self.iterator)
+
+
+@HOOKS.register_module()
+class WholeCheckpointHook(CheckpointHook):
+    """MMEngine's CheckpointHook, which deletes only what it has a successor for.
+
+    Takes the same arguments. MMEngine's own deletes the oldest of
+    ``max_keep_ckpts`` files first and writes the new one then, so that a kill
+    in between may leave none.
+    """
+
+    max_keep_ckpts: int
+    keep_ckpt_ids: deque
+
+    def before_train(self, runner) -> None:
+        """Find out where checkpoints go and which there are."""
+        super().before_train(runner)
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids = deque(self.keep_ckpt_ids)
+
+    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        keep = self.max_keep_ckpts
+        # Never as many, or MMEngine would delete one now.
+        self.max_keep_ckpts = keep and len(getattr(self, 'keep_ckpt_ids', ())) + 1
+        try:
+            super()._save_checkpoint_with_step(runner, step, meta)
+        finally:
+            self.max_keep_ckpts = keep
+        while keep > 0 and len(self.keep_ckpt_ids) > keep:
+            outdated = self.filename_tmpl.format(self.keep_ckpt_ids.popleft())
+            path = self.file_backend.join_path(self.out_dir, outdated)
+            if is_main_process():
+                if self.file_backend.isdir(path):
+                    self.file_backend.rmtree(path)
+                elif self.file_backend.exists(path):
+                    self.file_backend.remove(path)
+
+
+@HOOKS.register_module()
+class SaveOnSignalHook(Hook):
+    """Saves and ends when it is asked to, as schedulers do before they kill.
+
+    After the step in which one of the processes receives SIGTERM, all of them
+    end with the exit code 75, and ``interrupted.pth`` in the work dir is what
+    ``--resume`` goes on from. With accumulated gradients the step is the one
+    that uses them.
+    """
+
+    priority = 'LOWEST'  # after what other hooks do to model and schedule
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._group: Any = None
+
+    def before_train(self, runner) -> None:
+        """Listen from now on."""
+        signal.signal(signal.SIGTERM, self._ask)
+        if is_distributed():
+            # Of its own, on the host: a GPU would have to wait for the answer.
+            self._group = dist.new_group(backend='gloo')
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None,
+                         outputs: dict | None = None) -> None:  # fmt: skip
+        """Save and end, if any process was asked to."""
+        step = runner.iter + 1
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if self._any_asked() and (step % counts == 0 or step == runner.max_iters):
+            self._save(runner, step)
+
+    def after_val_iter(self, runner, batch_idx: int, data_batch: Any = None,
+                       outputs: Any = None) -> None:  # fmt: skip
+        """Save and end amid a validation, which will not be repeated."""
+        # EMA has exchanged the weights then: this validation must end first.
+        averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        if not is_distributed() and self.asked and not averaged:
+            self._save(runner, runner.iter)
+
+    def _any_asked(self) -> bool:
+        if self._group is None:
+            return self.asked
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked, dist.ReduceOp.MAX, self._group)
+        return bool(asked)
+
+    def _save(self, runner, step: int) -> None:
+        name = 'interrupted.pth'
+        meta = dict(epoch=runner.epoch, iter=step)
+        runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
+        path = join_path(runner.work_dir, name)
+        if is_main_process():
+            with whole_file(Path(runner.work_dir, 'last_checkpoint'), 'w') as file:
+                file.write(path)
+        runner.logger.warning(
+            f'SIGTERM: {path} holds everything up to step {step}; go on with --resume. '
+            f'Exit code {EXIT_CODE}.'
+        )
+        sys.exit(EXIT_CODE)
