@@ -35,9 +35,9 @@ _BACKBONE_KEY = re.compile(r'(?:backbone\.)?((?:patch_embed|blocks?|norm)\d+\..+
 _RENAMES = (
     (r'^blocks(\d)', r'block\1'),
     (r'^(patch_embed\d+)\.projection\.', r'\1.proj.'),
-    (r'\.dwconv\.dwconv\.', '.dwconv.'),
-    (r'\.DW_D_conv(_[hv])?\.', r'.conv_spatial\1.'),
-    (r'\.DW_conv_?([hv]?)\.', r'.conv0\1.'),
+    (r'\.dwconv(\.dwconv)+(?=\.)', '.dwconv'),
+    (r'\.DW_D_conv(_[hv])?(?=\.)', r'.conv_spatial\1'),
+    (r'\.DW_conv_?([hv]?)(?=\.)', r'.conv0\1'),
 )
 
 
@@ -62,11 +62,14 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Rename every tensor as `convert_key` says; drops and changes none.
 
     Raises:
-        CheckpointError: If two tensors would get the same name.
+        CheckpointError: If two tensors would get the same name, or one has
+            something else than text for a name.
     """
     converted: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f'The name of a tensor is {key!r:.100}, no text.')
         name = convert_key(key)
         if name in converted:
             raise CheckpointError(
@@ -94,7 +97,7 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     shapes = {
         convert_key(key).removeprefix('backbone.'): tuple(value.shape)
         for key, value in state_dict.items()
-        if getattr(value, 'shape', ())
+        if isinstance(value, Tensor) and value.dim() == 4 and value.numel()
     }
     gate = _read_gate(shapes, 1)
     if gate is None or 'patch_embed1.proj.weight' not in shapes:
@@ -221,7 +224,13 @@ def adapt_state_dict(backbone: 'LSKAVAN', state_dict: dict[str, Any], prefix: st
 
 
 def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """What keeps the tensors found from being those expected, in words."""
+    """What keeps the tensors found from being those expected, in words.
+
+    Half and double precision are welcome, as long as the numbers stay finite.
+    """
+    strangers = [k for k, v in found.items() if not isinstance(v, Tensor)]
+    if strangers:
+        return f'{len(strangers)} of them are no tensors (first: {strangers[0]})'
     missing = [k for k in expected if k not in found and not k.endswith('num_batches_tracked')]
     extra = [k for k in found if k not in expected]
     shapes = {
@@ -238,4 +247,24 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
             f'{len(shapes)} tensors differ in shape (first: {key}, found {ours}, '
             f'expected {theirs})'
         )
+    kinds = {
+        k: f'{found[k].dtype}, expected {expected[k].dtype}'
+        for k in expected
+        if k in found and _kind(found[k]) != _kind(expected[k])
+    }
+    for key, dtypes in kinds.items():
+        return f'{len(kinds)} tensors hold another kind of numbers (first: {key}, found {dtypes})'
+    wrong = [
+        k for k in expected if k in found and not found[k].to(expected[k].dtype).isfinite().all()
+    ]
+    if wrong:
+        return (
+            f'{len(wrong)} of {len(found)} tensors hold NaN or infinity (first: {wrong[0]}), as '
+            'after a training that diverged; take an earlier checkpoint'
+        )
     return None
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Floating-point, complex or neither."""
+    return tensor.is_floating_point(), tensor.is_complex()

@@ -25,7 +25,10 @@ def read_checkpoint(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: If there is no LSKA-VAN in it.
     """
     content = load_from_local(source, 'cpu')
-    state_dict = convert_state_dict(get_state_dict(content))
+    try:
+        state_dict = convert_state_dict(get_state_dict(content))
+    except CheckpointError as error:
+        raise CheckpointError(f'{source}: {error}') from None
     strangers = [key for key, value in state_dict.items() if not torch.is_tensor(value)]
     if strangers:
         raise CheckpointError(f'{source}: {strangers[0]} is no tensor.')
@@ -56,7 +59,10 @@ def write_checkpoint(
     description = describe(state_dict) or {}
     stages = len(description['arch']['depths'])
     deploy = 'backbone.block1.0.shortcut' in state_dict
-    backbone = LSKAVAN(**description, deploy=deploy, out_indices=(stages - 1,))
+    try:
+        backbone = LSKAVAN(**description, deploy=deploy, out_indices=(stages - 1,))
+    except ValueError as error:  # of kernels that no gate has
+        raise CheckpointError(f'These are not the tensors of an LSKA-VAN: {error}') from None
     backbone.load_state_dict(state_dict)
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,19 @@
-"""Reading checkpoint files without running code that they may carry."""
+"""How MMEngine reads checkpoints: without running code that they may carry."""
 
 import os
 import pickle
 import re
-import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from mmengine.logging import print_log
-from mmengine.logging.history_buffer import HistoryBuffer
 from torch import Tensor
 
 from .checkpoint import CheckpointError, convert_state_dict, summarize
+from .reader import RefusedError, read
 
 # torch's own names
 FORCE_VARIABLE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
@@ -23,64 +24,6 @@ _SEPARABLE = re.compile(
     r'(?:module\.)*blocks?1\.0\.attn\.spatial_gating_unit\.'
     r'(?:conv0h|DW_conv_h)\.weight'
 )
-
-
-class _Refused(pickle.UnpicklingError):
-    """Names what a pickle must not bring along."""
-
-
-def _history_method(owner: type, name: str) -> Any:
-    """Stands in for `getattr`, which MMEngine's logs are pickled with."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise _Refused(f'getattr({owner}, {name!r})')
-    return getattr(HistoryBuffer, name)
-
-
-_DTYPES_AND_STORAGES = ' '.join(
-    name
-    for name, value in vars(torch).items()
-    if isinstance(value, torch.dtype) or name.endswith('Storage')
-)
-_ALLOWED = {
-    'builtins': 'bytearray complex dict float frozenset int list set slice str tuple',
-    'collections': 'Counter OrderedDict defaultdict deque',
-    'argparse': 'Namespace',
-    '_codecs': 'encode',
-    'mmengine.logging.history_buffer': 'HistoryBuffer',
-    'numpy': 'dtype ndarray',
-    'numpy.core.multiarray': '_reconstruct scalar',
-    'numpy._core.multiarray': '_reconstruct scalar',
-    'torch': f'Size device {_DTYPES_AND_STORAGES}',
-    'torch._utils': '_rebuild_parameter _rebuild_tensor _rebuild_tensor_v2',
-    'torch.nn.parameter': 'Parameter',
-    'torch.storage': 'TypedStorage UntypedStorage',
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors, numbers and containers, and nothing that could act.
-
-    torch's own ``weights_only`` reader takes no allow-list on torch 2.1 and
-    could be made to run code there (CVE-2025-32434); this one reads alike on
-    every version.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = {'__builtin__': 'builtins'}.get(module, module)
-        if (module, name) == ('builtins', 'getattr'):
-            return _history_method
-        if name not in _ALLOWED.get(module, '').split():
-            raise _Refused(f'{module}.{name}')
-        return super().find_class(module, name)
-
-
-def _load(file, **kwargs):
-    return _Unpickler(file, **kwargs).load()
-
-
-# What `torch.load` asks of a pickle module.
-_RESTRICTED_PICKLE = types.ModuleType('restricted_pickle')
-vars(_RESTRICTED_PICKLE).update(Unpickler=_Unpickler, load=_load)
 
 
 def _is_set(variable: str) -> bool:
@@ -118,10 +61,12 @@ def load_from_local(path: str, map_location: Any = None) -> Any:
         )
     # Forced, torch reads by its own list of the harmless and takes no other.
     forced, trusted = _is_set(FORCE_VARIABLE), _is_set(TRUST_VARIABLE)
-    pickle_module = None if forced or trusted else _RESTRICTED_PICKLE
-    refusal = pickle.UnpicklingError if forced else _Refused
+    refusal = pickle.UnpicklingError if forced else RefusedError
     try:
-        checkpoint = torch.load(path, map_location, pickle_module, weights_only=forced)
+        if forced or trusted:
+            checkpoint = torch.load(path, map_location, weights_only=forced)
+        else:
+            checkpoint = read(path, map_location)
     except refusal as error:
         raise CheckpointError(
             f'{path} was refused: it holds {error}, where only tensors, numbers, containers '
@@ -131,19 +76,60 @@ def load_from_local(path: str, map_location: Any = None) -> Any:
     except Exception as error:  # of any kind: the bytes may be anything
         raise CheckpointError(
             f'{path} is damaged, or not a file that torch.save wrote '
-            f'({type(error).__name__}: {error}).'
+            f'({type(error).__name__}: {str(error)[:300]}).'
         ) from error
 
     state_dict = get_state_dict(checkpoint)
     if any(_SEPARABLE.fullmatch(key) for key in state_dict if isinstance(key, str)):
-        converted = convert_state_dict(state_dict)
+        try:
+            converted = convert_state_dict(state_dict)
+        except CheckpointError as error:
+            raise CheckpointError(f'{path}: {error}') from None
         checkpoint = (
             {**checkpoint, 'state_dict': converted} if 'state_dict' in checkpoint else converted
         )
     tensors = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items())
     if state_dict and tensors:
         print_log(f'{path} holds {summarize(state_dict)}', logger='current')
+    # The text of a config, which MMEngine would run on --resume to compare a setting.
+    if (
+        not trusted
+        and isinstance(checkpoint, Mapping)
+        and isinstance(checkpoint.get('meta'), dict)
+    ):
+        checkpoint['meta'].pop('config', None)
     return checkpoint
+
+
+def load_from_url(
+    url: str, model_dir: str | None = None, map_location: Any = None, progress: bool = True
+) -> Any:
+    """Download a checkpoint, unless it was before, and read it as `load_from_local` does.
+
+    Stands in for what MMEngine downloads with, so that it serves ``http://`` and
+    ``https://``, and the files behind ``torchvision://`` and ``open-mmlab://``.
+
+    Args:
+        url: Of a file that `torch.save` wrote.
+        model_dir: The folder of downloads; by default torch's, ``hub/checkpoints``.
+        map_location: As for `torch.load`.
+        progress: Show how much of it has arrived.
+
+    Raises:
+        OSError: If it cannot be downloaded.
+        CheckpointError: As `load_from_local`; names the URL and the file.
+    """
+    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
+    path = folder / Path(urlparse(url).path).name
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=progress)
+    try:
+        return load_from_local(str(path), map_location)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f'{error} It is from {url}; delete it to download it anew.'
+        ) from None
 
 
 def get_state_dict(checkpoint: Any) -> Mapping[str, Tensor]:

@@ -4,12 +4,14 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 
-from conftest import ROOT, published_state
+from conftest import ROOT, published_state, small
 from lska_mm import LSKAVAN, load_from_local
 from lska_mm.checkpoint import CheckpointError, convert_state_dict, describe
 
@@ -202,6 +204,11 @@ def test_conversion_is_idempotent_and_loses_nothing(name):
     assert convert_state_dict(strangers) == strangers
 
 
+def test_a_name_that_is_no_text_is_refused():
+    with pytest.raises(CheckpointError, match='The name of a tensor is 5, no text'):
+        convert_state_dict({'block1.0.x': 1, 5: 2})
+
+
 def test_two_layouts_in_one_file_are_refused():
     with pytest.raises(CheckpointError, match=r'block1.0.x and backbone.blocks1.0.x are both'):
         convert_state_dict({'block1.0.x': 1, 'backbone.blocks1.0.x': 2})
@@ -226,6 +233,42 @@ def test_kernel_sizes_by_stage_load_into_the_same_or_its_first_stages():
     ):
         target.load_state_dict(source)
         assert all(torch.equal(value, source[key]) for key, value in target.state_dict().items())
+
+
+SYLLABLES = st.sampled_from(
+    ['module.', 'backbone.', 'block', 'blocks', 'patch_embed', 'norm', 'head.', '1', '2', '.0',
+     '.', '.weight', 'weight', 'projection.', '.projection.', '.dwconv', '.DW_conv', '.DW_conv_',
+     'h', '.DW_D_conv', '_h', 'attn.', 'fc.', '\n']
+)  # fmt: skip
+STEMS = st.sampled_from(['patch_embed1', 'block2.0', 'blocks1.0.attn', 'norm3', 'head', 'neck'])
+PARTS = st.lists(SYLLABLES, max_size=4).map(''.join)
+KEYS = st.one_of(st.text(), PARTS, st.tuples(PARTS, STEMS, PARTS).map(''.join))
+SHORT = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+LONG = settings(max_examples=50_000, deadline=None, database=None)
+
+
+@pytest.mark.parametrize('how', [SHORT, pytest.param(LONG, marks=pytest.mark.soak)])
+def test_any_name_is_converted_once_and_no_tensor_is_lost(how):
+    counts = collections.Counter()
+
+    @how
+    @given(st.lists(KEYS, unique=True, max_size=6))
+    def check(keys):
+        state = {key: object() for key in keys}
+        try:
+            converted = convert_state_dict(state)
+        except CheckpointError as error:
+            counts['refused'] += 1
+            assert 'are both' in str(error)  # noqa: PT017
+            return
+        counts['converted'] += 1
+        counts['renamed'] += list(converted) != keys
+        assert list(converted.values()) == list(state.values())
+        assert convert_state_dict(converted) == converted
+
+    check()
+    print(f'state dicts of random names: {dict(counts)}')
+    assert min(counts['converted'], counts['renamed']) > 20
 
 
 # --- Weights of something else -------------------------------------------------
@@ -295,6 +338,57 @@ def test_a_refused_file_leaves_the_backbone_as_it_was(published_file):
     with pytest.raises(CheckpointError):
         load_checkpoint(backbone, str(published_file))
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+# --- Numbers that are none, or of another kind ---------------------------------
+
+
+@pytest.mark.parametrize(
+    'kind', [torch.float16, torch.bfloat16, torch.float64], ids=lambda kind: str(kind)[6:]
+)
+def test_other_precisions_are_welcome(kind):
+    backbone = small()
+    state = {
+        k: v.to(kind) if v.is_floating_point() else v for k, v in backbone.state_dict().items()
+    }
+    backbone.load_state_dict(state)
+    assert all(
+        (v.dtype, v.tolist()) == (torch.float32, state[k].float().tolist())
+        for k, v in backbone.named_parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda x: x.long(),
+            r'2 .*another kind of numbers \(first: norm1.weight, found .*int64, ex',
+        ),
+        (lambda x: x > 0, 'found torch.bool, expected torch.float32'),
+        (lambda x: x + 0j, 'found torch.complex64, expected torch.float32'),
+        (
+            lambda x: x / 0,
+            r'2 of \d+ tensors hold NaN or inf.*first: norm1.weight\), as after a tr',
+        ),
+        (lambda x: x.double() + 1e300, '2 of .* tensors hold NaN or infinity'),
+        (lambda x: x.tolist(), r'2 of them are no tensors \(first: norm1.weight\)'),
+    ],
+)
+def test_numbers_that_are_none(change, message, tmp_path):
+    backbone = small()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    state = {f'backbone.{k}': change(v) if k[:5] == 'norm1' else v for k, v in before.items()}
+    torch.save(dict(state_dict=state), tmp_path / 'wrong.pth')
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(backbone, str(tmp_path / 'wrong.pth'), revise_keys=[(r'^backbone\.', '')])
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+def test_a_count_may_not_be_a_fraction():
+    state = {k: v / 2 if 'num_batches' in k else v for k, v in small().state_dict().items()}
+    with pytest.raises(CheckpointError, match=r'found torch\.float32, expected torch\.int64'):
+        small().load_state_dict(state)
 
 
 # --- Files ---------------------------------------------------------------------
