@@ -2,12 +2,13 @@
 
 Importing the package registers everything it offers in MMEngine's root
 registry, where mmdet, mmseg and mmpretrain find it without a prefix, and makes
-MMEngine read local checkpoints through `lska_mm.loader.load_from_local` and write
-local files through `WholeFileBackend`:
+MMEngine read checkpoints through `lska_mm.loader` and write local files through
+`WholeFileBackend`:
 
     custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
 """
 
+import mmengine.runner.checkpoint
 from mmengine.fileio import register_backend
 from mmengine.runner import CheckpointLoader
 
@@ -15,7 +16,7 @@ from .data import BadImagesHook, GuardedDataset, SeededBatches
 from .files import WholeFileBackend
 from .hooks import CheckLabelsHook, NonFiniteHook
 from .kernels import ResizedPretrained
-from .loader import load_from_local
+from .loader import load_from_local, load_from_url
 from .models import LSKA, LSKAVAN, LSKANeck
 from .optim import AutocastOptimWrapper, LayerDecayOptimWrapperConstructor
 from .resume import ExactResumeHook, SaveOnSignalHook, WholeCheckpointHook
@@ -45,3 +46,5 @@ __all__ = [
 CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
 # And a backend that leaves half a file behind when it is interrupted.
 register_backend('local', WholeFileBackend, prefixes='', force=True)
+# Beneath its readers of URLs, which share the downloads among processes.
+mmengine.runner.checkpoint.load_url = load_from_url
