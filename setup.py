@@ -27,6 +27,9 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['lska_mm*']),
+    # Links to the folders beside the package, copied into wheels: MMEngine looks
+    # for the bases `lska_mm::...` there.
+    package_data={'lska_mm': ['.mim/model-index.yml', '.mim/configs/**', '.mim/tools/**']},
     python_requires='>=3.10',
     # torch, mmengine and mmcv are needed but not asked for here: the two stacks
     # call them by different names, and pip would install one beside the other.

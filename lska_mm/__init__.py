@@ -9,9 +9,11 @@ MMEngine read checkpoints through `lska_mm.loader` and write local files through
 """
 
 import mmengine.runner.checkpoint
+from mmengine.config import Config
 from mmengine.fileio import register_backend
 from mmengine.runner import CheckpointLoader
 
+from .configs import get_cfg_path
 from .data import BadImagesHook, GuardedDataset, SeededBatches
 from .files import WholeFileBackend
 from .hooks import CheckLabelsHook, NonFiniteHook
@@ -48,3 +50,5 @@ CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True
 register_backend('local', WholeFileBackend, prefixes='', force=True)
 # Beneath its readers of URLs, which share the downloads among processes.
 mmengine.runner.checkpoint.load_url = load_from_url
+# For `_base_ = 'lska_mm::...'` in configs elsewhere.
+Config._get_cfg_path = staticmethod(get_cfg_path)

@@ -128,6 +128,16 @@ def train_one_step(cfg, data):
     return model
 
 
+def copy_repository(folder):
+    """The files of the repository, without what was built or trained in it."""
+    files = subprocess.run(
+        ['git', 'ls-files'], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    for name in files.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+
+
 @pytest.fixture(scope='session')
 def published_file(tmp_path_factory):
     """A file as the authors publish it: tiny, k=23, with a Namespace beside."""

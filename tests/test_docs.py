@@ -9,14 +9,13 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import ROOT
+from conftest import ROOT, copy_repository
 
 SHORT = [
     '--cfg-options',
@@ -70,6 +69,9 @@ COMMANDS = {
         ),
         f'python tools/test.py {RETINANET} {RETINANET_CHECKPOINT} --out predictions.pkl': (
             TEST_SHORT, 'predictions.pkl',
+        ),
+        'python $LSKA/tools/train.py my_coco.py': (
+            [*SHORT, 'train_cfg.max_epochs=1'], 'Epoch(val) [1][1/1]',
         ),
         f'python $MMDET/tools/analysis_tools/get_flops.py {RETINANET} --num-images 1': (
             TEST_SHORT[:7], 'Params: 13.3',
@@ -135,6 +137,7 @@ COMMANDS = {
         'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 11 23 35 53 65 '
         '--out work_dirs/compare_kernels': (['--help'], 'usage: compare_kernels.py'),
     },
+    'docs/robustness.md': {},
     'docs/performance.md': {
         'python tools/model_converters/reparameterize_model.py demo/lska-van-tiny_fpn_nuclei.py '
         'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth deployed.pth': (
@@ -175,12 +178,7 @@ SHAPES = ('airplane', 'bear', 'bicycle', 'bird', 'boat', 'bottle', 'car', 'cat',
 @pytest.fixture(scope='module')
 def project(coco, published_file, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp('project')
-    files = subprocess.run(
-        ['git', 'ls-files'], cwd=ROOT, text=True, capture_output=True, check=True
-    )
-    for name in files.stdout.splitlines():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+    copy_repository(folder)
     shutil.copytree(coco, folder / 'data/coco')
     shutil.copytree(coco, folder / 'data/pets')
     for path in (folder / 'data/pets').glob('annotations/*.json'):

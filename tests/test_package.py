@@ -1,12 +1,15 @@
 """Installing and importing."""
 
+import shutil
 import stat
+import zipfile
 from importlib import metadata
 
 import pytest
+from mmengine.config import Config
 
 import lska_mm
-from conftest import ROOT
+from conftest import ROOT, copy_repository
 
 INSTALL = ROOT / 'requirements/install.sh'
 
@@ -37,6 +40,77 @@ def test_installing_pulls_in_nothing(run):
     assert all('extra ==' in requirement for requirement in distribution.requires)
     printed = run('python', '-m', 'pip', 'install', '--dry-run', '--no-build-isolation', '-e', '.')
     assert f'Would install lska_mm-{lska_mm.__version__}' in printed.replace('lska-mm', 'lska_mm')
+
+
+def test_requirements_agree_with_each_other(run):
+    assert 'No broken requirements found' in run('python', '-m', 'pip', 'check')
+
+
+CONFIG = """
+_base_ = 'lska_mm::detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'
+model = dict(backbone=dict(init_cfg=None), train_cfg=dict(rcnn=dict(sampler=dict(num=16))))
+loader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = val_dataloader = test_dataloader = loader
+train_pipeline = _base_.train_pipeline
+train_pipeline[2].update(scale=(96, 64))
+train_dataloader.update(dataset=dict(pipeline=train_pipeline))
+train_cfg = dict(max_epochs=2, val_interval=3)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
+"""
+
+
+def test_a_wheel_trains_away_from_the_clone(run, coco, tmp_path):
+    """With the configs and tools that it brings, and nothing of the repository."""
+    clone, site, user = tmp_path / 'clone', tmp_path / 'site', tmp_path / 'user'
+    copy_repository(clone)
+    offline = ('--no-deps', '--no-index', '--disable-pip-version-check')
+    pip = ('python', '-m', 'pip')
+    run(*pip, 'wheel', '.', '--no-build-isolation', *offline, '-w', tmp_path, cwd=clone)
+    [wheel] = tmp_path.glob('*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for folder in ('configs', 'tools'):
+        files = [path for path in (clone / folder).rglob('*') if path.is_file()]
+        assert len(files) > 10
+        assert {f'lska_mm/.mim/{path.relative_to(clone)}' for path in files} <= names
+    run(*pip, 'install', wheel, *offline, '--target', site)
+    shutil.rmtree(clone)
+
+    (user / 'data').mkdir(parents=True)
+    (user / 'data/coco').symlink_to(coco)
+    (user / 'my_config.py').write_text(CONFIG)
+    code = (
+        'import runpy, sys, lska_mm; from pathlib import Path; print(lska_mm.__file__); '
+        'folder = Path(lska_mm.__file__).parent; sys.argv[1:] = ["my_config.py"]; '
+        'runpy.run_path(str(folder / ".mim/tools/train.py"), run_name="__main__")'
+    )
+    printed = run('python', '-c', code, cwd=user, PYTHONPATH=str(site))
+    assert printed.startswith(f'{site}/lska_mm/__init__.py')
+    assert 'Epoch(train) [2][1/1]' in printed
+    assert (user / 'work_dirs/my_config/epoch_2.pth').is_file()
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'classification/lska-van-tiny_4xb128_in1k.py',
+        'detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py',
+        'segmentation/lska-van-tiny_upernet_8xb2-160k_ade20k-512x512.py',
+    ],
+)
+def test_a_config_elsewhere_inherits(name, tmp_path):
+    (tmp_path / 'my_config.py').write_text(f"_base_ = 'lska_mm::{name}'\n")
+    inherited = Config.fromfile(tmp_path / 'my_config.py')
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    assert inherited.to_dict() == cfg.to_dict()
+
+
+def test_a_base_that_is_not_there(tmp_path):
+    (tmp_path / 'my_config.py').write_text("_base_ = 'lska_mm::detection/none.py'\n")
+    with pytest.raises(FileNotFoundError, match=r'lska_mm::detection/none\.py: no such config in'):
+        Config.fromfile(tmp_path / 'my_config.py')
+    with pytest.raises(AssertionError, match='does not support to load nothing config'):
+        Config._get_cfg_path('nothing::detection/none.py', 'my_config.py')
 
 
 @pytest.mark.parametrize('stack', ['onedl', 'openmmlab'])
