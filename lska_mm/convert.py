@@ -1,8 +1,7 @@
 """What the tools that rewrite checkpoints share: read, check, write."""
 
 import hashlib
-import os
-import tempfile
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from .checkpoint import CheckpointError, arch_name, convert_state_dict, describe
+from .files import whole_file
 from .loader import get_state_dict, load_from_local
 from .models import LSKAVAN
 
@@ -65,18 +65,12 @@ def write_checkpoint(
         raise CheckpointError(f'These are not the tensors of an LSKA-VAN: {error}') from None
     backbone.load_state_dict(state_dict)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        try:
-            torch.save(dict(state_dict=state_dict, **more), file)
-            file.flush()
-            digest = hashlib.sha256(Path(file.name).read_bytes()).hexdigest()[:8]
-            written = target.with_name(f'{target.stem}-{digest}.pth')
-            os.replace(file.name, written)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    written.chmod(0o644)
+    buffer = io.BytesIO()
+    torch.save(dict(state_dict=state_dict, **more), buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
+    written = target.with_name(f'{target.stem}-{digest}.pth')
+    with whole_file(written) as file:
+        file.write(buffer.getbuffer())
     return written, description
 
 

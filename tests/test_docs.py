@@ -137,7 +137,6 @@ COMMANDS = {
         'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 11 23 35 53 65 '
         '--out work_dirs/compare_kernels': (['--help'], 'usage: compare_kernels.py'),
     },
-    'docs/robustness.md': {},
     'docs/performance.md': {
         'python tools/model_converters/reparameterize_model.py demo/lska-van-tiny_fpn_nuclei.py '
         'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth deployed.pth': (
