@@ -40,7 +40,7 @@ def whole_file(path: str | Path, mode: str = 'wb') -> Iterator[IO]:
             error.errno,
             f'{path} was not written: {error.strerror}. {free / 2**20:.0f} MiB are free on the '
             f'disk mounted at {_mount_point(path.parent)}. What the file held before is still '
-            'there. Make room, and go on from the last checkpoint with --resume.',
+            'there.',
         ) from error
     except BaseException:
         os.unlink(file.name)

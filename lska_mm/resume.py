@@ -145,8 +145,8 @@ class WholeCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
         keep = self.max_keep_ckpts
-        # Never as many, or MMEngine would delete one now.
-        self.max_keep_ckpts = keep and len(getattr(self, 'keep_ckpt_ids', ())) + 1
+        if keep > 0:  # never as many as it may be, or MMEngine would delete one now
+            self.max_keep_ckpts = len(self.keep_ckpt_ids) + 1
         try:
             super()._save_checkpoint_with_step(runner, step, meta)
         finally:

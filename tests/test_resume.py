@@ -41,7 +41,7 @@ class Interrupt(Hook):
 def assert_same(ours, theirs):
     """All tensors of two checkpoints, weights and optimizer, bit for bit."""
     ours, theirs = (torch.load(path, weights_only=False) for path in (ours, theirs))
-    assert ours['meta']['iter'] == theirs['meta']['iter'] == STEPS
+    assert ours['meta']['iter'] == theirs['meta']['iter']
     for one, other in zip(
         [*ours['state_dict'].values(), *flat(ours['optimizer']['state'])],
         [*theirs['state_dict'].values(), *flat(theirs['optimizer']['state'])],
@@ -94,12 +94,16 @@ def kill(process, folder, moment):
         if moment == 'between' and set(folder.glob('*.pth')) - known:
             time.sleep(random.random() / 5)
             break
+        time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
 
 def kill_and_compare(nuclei, tmp_path, moments):
     whole, parts = (segmentor(nuclei, tmp_path / run) for run in ('whole', 'parts'))
+    steps = STEPS * len(moments)
+    for cfg in (whole, parts):
+        cfg.train_cfg.update(max_iters=steps, val_interval=steps)
     Path(parts.work_dir).mkdir()
     kills = 0
     for moment in itertools.cycle(moments):
@@ -123,6 +127,19 @@ def test_sigkill(nuclei, tmp_path):
 def test_ten_sigkills(nuclei, tmp_path):
     moments = ['writing', 'between'] * 5
     print(f'kills survived: {kill_and_compare(nuclei, tmp_path, moments)}')
+
+
+# --- How many are kept -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(('keep', 'steps'), [(-1, (2, 4, 6, 8)), (3, (4, 6, 8)), (1, (8,))])
+def test_checkpoints_that_are_kept(keep, steps, nuclei, tmp_path):
+    cfg = segmentor(nuclei, tmp_path)
+    workers(cfg, 0)
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    cfg.default_hooks.checkpoint.max_keep_ckpts = keep
+    train(cfg)
+    assert {path.stem for path in tmp_path.glob('*.pth')} == {f'iter_{step}' for step in steps}
 
 
 # --- Files ---------------------------------------------------------------------
