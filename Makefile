@@ -5,7 +5,7 @@
 # make lint      what CI checks before the tests
 # make setup     only the virtual environment that these need
 #
-# STACK=onedl (default) or openmmlab     which release line of OpenMMLab
+# STACK=onedl (default), openmmlab, newest   which release line of OpenMMLab
 # VENV=folder                            where the environment lies
 # PYTHON=python3.11                      what it is made from
 
@@ -29,7 +29,7 @@ $(READY): requirements/$(STACK).txt requirements/tests.txt requirements/install.
 	@touch $@
 
 requirements/$(STACK).txt:
-	@echo "setup: unknown STACK=$(STACK); use one of: onedl openmmlab" >&2; exit 1
+	@echo "setup: unknown STACK=$(STACK); use one of: onedl openmmlab newest" >&2; exit 1
 
 demo: $(READY)
 	@PATH="$(BIN):$$PATH" TASK=$(TASK) bash demo/run.sh

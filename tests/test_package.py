@@ -113,7 +113,7 @@ def test_a_base_that_is_not_there(tmp_path):
         Config._get_cfg_path('nothing::detection/none.py', 'my_config.py')
 
 
-@pytest.mark.parametrize('stack', ['onedl', 'openmmlab'])
+@pytest.mark.parametrize('stack', ['onedl', 'openmmlab', 'newest'])
 def test_pins(stack):
     pins = [
         line
@@ -128,7 +128,7 @@ def test_pins(stack):
 
 def test_unknown_stack(run, tmp_path):
     printed = run('make', 'setup', 'STACK=mmlab', f'VENV={tmp_path}', code=2)
-    assert 'setup: unknown STACK=mmlab; use one of: onedl openmmlab' in printed
+    assert 'setup: unknown STACK=mmlab; use one of: onedl openmmlab newest' in printed
 
 
 def test_no_python(run, tmp_path):
@@ -139,7 +139,7 @@ def test_no_python(run, tmp_path):
 def test_wrong_python(run, tmp_path):
     python = script(tmp_path / 'python', 'echo 3.9')
     printed = run('bash', INSTALL, 'onedl', tmp_path, code=1, PYTHON=str(python))
-    assert 'is for Python 3.11, ' in printed
+    assert 'are for Python 3.10 to 3.12, ' in printed
     assert 'is 3.9; name another: make PYTHON=' in printed
     assert len(printed.splitlines()) == 1
 
