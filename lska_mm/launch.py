@@ -1,9 +1,12 @@
 """What the tools share: from arguments to a Runner, or to a trained model."""
 
 import argparse
+import functools
+import inspect
 import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,32 @@ from .loader import get_state_dict
 from .resume import find_checkpoint, read_meta
 
 SPLITS = ('train', 'val', 'test')
+
+
+def report_errors(*errors: type[Exception]) -> Callable[[Callable[[], None]], Callable[[], int]]:
+    """Decorate a tool's ``main``: these errors end it with a line instead of a traceback.
+
+    Args:
+        errors: Those that say what is wrong with the arguments or the files.
+
+    Returns:
+        What makes of ``main`` a function that returns an exit code, for `sys.exit`: 0; or 1
+        after one of ``errors``, which is printed as ``tool.py: message``.
+    """
+
+    def decorate(main: Callable[[], None]) -> Callable[[], int]:
+        @functools.wraps(main)
+        def run() -> int:
+            try:
+                main()
+            except errors as error:
+                print(f'{Path(inspect.getfile(main)).name}: {error}', file=sys.stderr)
+                return 1
+            return 0
+
+        return run
+
+    return decorate
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:

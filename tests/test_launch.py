@@ -1,10 +1,10 @@
-"""What the tools check before they build or load anything."""
+"""What the tools check before they build or load anything, and how they end."""
 
 import pytest
 from mmengine.config import Config
 
 from conftest import ROOT
-from lska_mm.launch import check_data
+from lska_mm.launch import check_data, report_errors
 
 ADE20K = ROOT / 'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py'
 IMAGENET = ROOT / 'configs/classification/lska-van-tiny_4xb128_in1k.py'
@@ -42,3 +42,23 @@ def test_imagenet_with_an_empty_class(tmp_path):
     (tmp_path / 'meta').mkdir()
     (tmp_path / 'meta/train.txt').touch()
     check_data(cfg, 'train')
+
+
+def test_errors_of_a_tool_are_a_line(capsys):
+    def end(error):
+        @report_errors(OSError, ValueError)
+        def main():
+            if error:
+                raise error
+
+        return main()
+
+    assert end(None) == 0
+    assert end(ValueError('9 is too much.')) == 1
+    assert end(FileNotFoundError('No data at x.')) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        'test_launch.py: 9 is too much.',
+        'test_launch.py: No data at x.',
+    ]
+    with pytest.raises(KeyError, match='programmer'):
+        end(KeyError('of the programmer'))

@@ -13,24 +13,21 @@ from pathlib import Path
 
 from lska_mm.checkpoint import CheckpointError
 from lska_mm.convert import in_words, read_checkpoint, write_checkpoint
+from lska_mm.launch import report_errors
 
 
-def main() -> int:
+@report_errors(CheckpointError, OSError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Convert a checkpoint to tensors only')
     parser.add_argument('src', help='checkpoint in any published layout')
     parser.add_argument('dst', type=Path, help='file to write; a hash is added to its name')
     args = parser.parse_args()
     if args.dst.suffix != '.pth':
         parser.error(f'DST must end in .pth, got {args.dst}')
-    try:
-        _, state_dict = read_checkpoint(args.src)
-        written, description = write_checkpoint(state_dict, args.dst)
-    except (CheckpointError, OSError) as error:
-        print(f'convert_checkpoint.py: {error}', file=sys.stderr)
-        return 1
+    _, state_dict = read_checkpoint(args.src)
+    written, description = write_checkpoint(state_dict, args.dst)
     print(f'{in_words(description)}, {len(state_dict)} tensors')
     print(f'written to {written}')
-    return 0
 
 
 if __name__ == '__main__':

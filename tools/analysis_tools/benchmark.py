@@ -43,6 +43,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lska_mm import LSKAVAN
+from lska_mm.launch import report_errors
 from plain_lska_van import plain_lska_van
 
 matplotlib.use('Agg')
@@ -69,7 +70,7 @@ def build(arch: str, kernel_size: int, train: bool) -> dict[str, nn.Module]:
 
         models['van'] = MODELS.build(dict(type='mmpretrain.VAN', arch=arch))
     except ImportError:
-        print('benchmark: without van, mmpretrain is not installed')
+        print('benchmark.py: without van, mmpretrain is not installed')
     return models
 
 
@@ -224,14 +225,18 @@ def median_and_spread(name: str, values: list[float]) -> tuple[float, float]:
 
 
 def calmly(measure: Callable, *args: Any) -> Any:
-    """``measure(*args)``, again if times vary too much, at most TRIES times."""
+    """``measure(*args)``, again if times vary too much, at most TRIES times.
+
+    Raises:
+        WideSpreadError: If they vary too much each time.
+    """
     for attempt in range(1, TRIES + 1):
         try:
             return measure(*args)
         except WideSpreadError as error:
             if attempt == TRIES:
-                raise
-            print(f'benchmark: {error} Measuring again.', file=sys.stderr)
+                raise WideSpreadError(f'{error} Let nothing else run, and try again.') from None
+            print(f'benchmark.py: {error} Measuring again.', file=sys.stderr)
     raise AssertionError
 
 
@@ -377,7 +382,8 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def main() -> int:
+@report_errors(BusyError, WideSpreadError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Time LSKA-VAN against its peers')
     parser.add_argument('--archs', nargs='+', default=['tiny'], choices=ARCHS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 23, 53])
@@ -395,11 +401,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.onnx and (args.train or args.device != 'cpu'):
         parser.error('--onnx is for inference on a CPU')
-    try:
-        check_idle()
-    except BusyError as error:
-        print(f'benchmark: {error}', file=sys.stderr)
-        return 1
+    check_idle()
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
     print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if not args.fresh_heap:
@@ -407,14 +409,10 @@ def main() -> int:
     header = f'| {" | ".join(HEAD)} |\n|{" --- |" * len(HEAD)}'
     print(header)
     combinations = list(itertools.product(args.archs, args.kernel_sizes, args.batches, args.sizes))
-    try:
-        runs = [
-            [row for combination in combinations for row in calmly(measure, args, *combination)]
-            for _ in range(args.runs)
-        ]
-    except WideSpreadError as error:
-        print(f'benchmark: {error} Let nothing else run, and try again.', file=sys.stderr)
-        return 1
+    runs = [
+        [row for combination in combinations for row in calmly(measure, args, *combination)]
+        for _ in range(args.runs)
+    ]
     rows = merge(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'benchmark.json').write_text(json.dumps(rows, indent=1))
@@ -425,7 +423,6 @@ def main() -> int:
     if len(args.kernel_sizes) > 1:
         plot(rows, args.out / 'benchmark.png')
     print(f'written to {args.out}/benchmark.*')
-    return 0
 
 
 if __name__ == '__main__':

@@ -46,6 +46,7 @@ from benchmark import (
     time_all,
 )
 from lska_mm import LSKAVAN
+from lska_mm.launch import report_errors
 from lska_mm.models.lska import ATTENTIONS
 from lska_mm.models.lska_van import ARCHS
 
@@ -187,7 +188,8 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+@report_errors(BusyError, ValueError, WideSpreadError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Compare gates and kernel sizes')
     parser.add_argument('--arch', default='tiny', choices=list(ARCHS))
     parser.add_argument('--attentions', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
@@ -208,12 +210,7 @@ def main() -> int:
             keep_heap()
             calmly(measure, args, rows)
     except (BusyError, WideSpreadError) as error:
-        print(f'compare_kernels.py: {error} Or leave the times out with --no-time.',
-              file=sys.stderr)  # fmt: skip
-        return 1
-    except ValueError as error:  # of a kernel size
-        print(f'compare_kernels.py: {error}', file=sys.stderr)
-        return 1
+        raise type(error)(f'{error} Or leave the times out with --no-time.') from None
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / 'compare_kernels'
     title = f'{args.arch}, {args.size[0]} x {args.size[1]} pixels'
@@ -226,7 +223,6 @@ def main() -> int:
         writer.writerows(rows)
     plot(rows, title, out.with_suffix('.png'))
     print(f'\n{title}\n\n{make_table(rows)}\n\nwritten to {out}.{{md,csv,json,png}}')
-    return 0
 
 
 if __name__ == '__main__':

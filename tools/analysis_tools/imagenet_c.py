@@ -15,13 +15,15 @@ with the four extra ones, it is what the LSKA paper's script computes.
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import matplotlib
 from mmengine.config import Config
 from mmengine.runner import TestLoop
 
-from lska_mm.launch import base_parser, build_runner, load_config
+from lska_mm.checkpoint import CheckpointError
+from lska_mm.launch import base_parser, build_runner, load_config, report_errors
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -135,6 +137,7 @@ def plot(accuracies: Accuracies, path: Path) -> None:
     plt.close(figure)
 
 
+@report_errors(CheckpointError, OSError, ValueError)
 def main() -> None:
     parser = base_parser('Test a classifier on ImageNet-C')
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -164,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -24,6 +24,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lska_mm.launch import report_errors
+
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = dict(
     classification=dict(
@@ -153,7 +155,12 @@ def make_files() -> dict[Path, str]:
     return {**files, zoo: text}
 
 
-def main() -> int:
+class OutOfDateError(Exception):
+    """Files hold other numbers than the configs have."""
+
+
+@report_errors(OutOfDateError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Count parameters and multiply-adds')
     parser.add_argument('--check', action='store_true', help='only compare with the files')
     args = parser.parse_args()
@@ -167,9 +174,7 @@ def main() -> int:
             path.write_text(text)
             print(f'written: {path.relative_to(ROOT)}')
     if stale:
-        print(f'metafile.py: out of date: {", ".join(stale)}; run it without --check.',
-              file=sys.stderr)  # fmt: skip
-    return bool(stale)
+        raise OutOfDateError(f'out of date: {", ".join(stale)}; run it without --check.')
 
 
 if __name__ == '__main__':

@@ -10,7 +10,10 @@ Markdown. A folder trained twice counts with its last log.
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
+
+from lska_mm.launch import report_errors
 
 Scores = dict[int, float]  # step of the validation: value of the metric
 
@@ -20,7 +23,7 @@ def load_scores(work_dir: Path, metric: str) -> Scores:
 
     Raises:
         FileNotFoundError: If nothing was trained there.
-        KeyError: If the log has no such metric; names those that it has.
+        ValueError: If the log has no such metric; names those that it has.
     """
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda log: log.stat().st_mtime)
     if not logs:
@@ -30,7 +33,7 @@ def load_scores(work_dir: Path, metric: str) -> Scores:
     scores = {record['step']: record[metric] for record in tests if metric in record}
     if not scores:
         known = sorted({key for record in tests for key in record} - {'step', 'time', 'data_time'})
-        raise KeyError(f'{logs[-1]} has no {metric}; it has {", ".join(known) or "no metrics"}.')
+        raise ValueError(f'{logs[-1]} has no {metric}; it has {", ".join(known) or "no metrics"}.')
     return scores
 
 
@@ -49,6 +52,7 @@ def make_table(settings: dict[str, list[Scores]], metric: str) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
+@report_errors(OSError, ValueError)
 def main() -> None:
     parser = argparse.ArgumentParser(description='Compare settings over seeds')
     parser.add_argument('settings', type=Path, nargs='+', help='folders of work dirs, one a seed')
@@ -65,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

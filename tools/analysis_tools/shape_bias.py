@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import matplotlib
 
+from lska_mm.launch import report_errors
+
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
@@ -116,20 +118,16 @@ def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+@report_errors(OSError, ValueError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Shape bias of classifiers')
     parser.add_argument('csv', type=Path, nargs='+', help='files of ShapeBiasMetric')
     parser.add_argument('--out', type=Path, required=True, help='file to write, .png')
     args = parser.parse_args()
-    try:
-        models = read(args.csv)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        plot(models, args.out)
-    except (OSError, ValueError) as error:
-        print(f'shape_bias.py: {error}', file=sys.stderr)
-        return 1
+    models = read(args.csv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    plot(models, args.out)
     print(f'{make_table(models)}\nwritten to {args.out}')
-    return 0
 
 
 if __name__ == '__main__':

@@ -17,6 +17,8 @@ import mmcv
 import numpy as np
 from sklearn.datasets import load_digits
 
+from lska_mm.launch import report_errors
+
 
 def convert(out: Path) -> None:
     """Write the data set below ``out``."""
@@ -35,16 +37,12 @@ def convert(out: Path) -> None:
     print(f'written to {out}')
 
 
-def main() -> int:
+@report_errors(OSError)
+def main() -> None:
     parser = argparse.ArgumentParser(description="Convert scikit-learn's digits")
     parser.add_argument('--out', type=Path, default=Path('data/digits'), help='output folder')
     args = parser.parse_args()
-    try:
-        convert(args.out)
-    except OSError as error:
-        print(f'digits.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+    convert(args.out)
 
 
 if __name__ == '__main__':

@@ -18,6 +18,8 @@ import numpy as np
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
+from lska_mm.launch import report_errors
+
 SEVERITIES = range(1, 6)
 MIN_SIZE = 32  # of imagecorruptions
 
@@ -90,7 +92,8 @@ def convert(args: argparse.Namespace) -> None:
     print(f'written to {args.out}')
 
 
-def main() -> int:
+@report_errors(OSError, ValueError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Corrupt images as ImageNet-C does')
     parser.add_argument('source', type=Path, help='folder of classes')
     parser.add_argument('--out', type=Path, required=True, help='output folder')
@@ -102,12 +105,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.size < MIN_SIZE:
         parser.error(f'--size must be {MIN_SIZE} or more, got {args.size}')
-    try:
-        convert(args)
-    except (OSError, ValueError) as error:
-        print(f'imagenet_c.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+    convert(args)
 
 
 if __name__ == '__main__':

@@ -22,6 +22,8 @@ import mmcv
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from lska_mm.launch import report_errors
+
 VAL_COLUMN = 352
 MIN_AREA = 10  # pixels; less of a nucleus on the border is no object
 ADE_SPLITS = dict(train='training', val='validation')
@@ -105,7 +107,8 @@ def convert(source: Path, out: Path) -> None:
     print(f'written to {out}')
 
 
-def main() -> int:
+@report_errors(OSError, ValueError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Convert the embedded nuclei image')
     embedded = Path(__file__).parents[2] / 'demo/nuclei'
     parser.add_argument(
@@ -113,12 +116,7 @@ def main() -> int:
     )
     parser.add_argument('--out', type=Path, default=Path('data/nuclei'), help='output folder')
     args = parser.parse_args()
-    try:
-        convert(args.src, args.out)
-    except (OSError, ValueError) as error:
-        print(f'nuclei.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+    convert(args.src, args.out)
 
 
 if __name__ == '__main__':

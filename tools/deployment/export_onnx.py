@@ -29,7 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
 
 from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import load_model
+from lska_mm.launch import load_model, report_errors
 
 OPSET = 17  # the first with LayerNormalization
 TOLERANCE = 1e-4  # largest difference, relative to the largest output
@@ -173,7 +173,8 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def main() -> int:
+@report_errors(CheckpointError, OSError, RuntimeError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Export a model to ONNX')
     parser.add_argument('config', help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
@@ -182,13 +183,8 @@ def main() -> int:
     parser.add_argument('--size', type=parse_size, default=(224, 224), metavar='HEIGHTxWIDTH',
                         help='of the traced image; the graph takes others too')  # fmt: skip
     args = parser.parse_args()
-    try:
-        export(args.config, args.checkpoint, args.save_path, args.backbone, args.size)
-    except (CheckpointError, OSError, RuntimeError) as error:
-        print(f'export_onnx.py: {error}', file=sys.stderr)
-        return 1
+    export(args.config, args.checkpoint, args.save_path, args.backbone, args.size)
     print(f'written to {args.save_path}')
-    return 0
 
 
 if __name__ == '__main__':

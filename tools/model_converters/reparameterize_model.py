@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import load_model
+from lska_mm.launch import load_model, report_errors
 
 
 def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
@@ -29,19 +29,15 @@ def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
     torch.save(dict(state_dict=model.state_dict()), save_path)
 
 
-def main() -> int:
+@report_errors(CheckpointError, OSError, TypeError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Make a checkpoint for inference')
     parser.add_argument('config', help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('save_path', type=Path, help='file to write')
     args = parser.parse_args()
-    try:
-        reparameterize(args.config, args.checkpoint, args.save_path)
-    except (CheckpointError, OSError, TypeError) as error:
-        print(f'reparameterize_model.py: {error}', file=sys.stderr)
-        return 1
+    reparameterize(args.config, args.checkpoint, args.save_path)
     print(f'written to {args.save_path}; it loads with model.backbone.deploy=True')
-    return 0
 
 
 if __name__ == '__main__':

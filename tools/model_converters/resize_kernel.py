@@ -15,9 +15,11 @@ from pathlib import Path
 from lska_mm.checkpoint import CheckpointError, describe
 from lska_mm.convert import in_words, read_checkpoint, split_meta, write_checkpoint
 from lska_mm.kernels import resize_kernels, summarize_errors
+from lska_mm.launch import report_errors
 
 
-def main() -> int:
+@report_errors(CheckpointError, OSError, ValueError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Change the size of attention kernels')
     parser.add_argument('src', help='checkpoint in any published layout')
     parser.add_argument('dst', type=Path, help='file to write; a hash is added to its name')
@@ -31,22 +33,17 @@ def main() -> int:
     if args.dst.suffix != '.pth':
         parser.error(f'DST must end in .pth, got {args.dst}')
     kernel_size = args.kernel_size if len(args.kernel_size) > 1 else args.kernel_size[0]
-    try:
-        content, state_dict = read_checkpoint(args.src)
-        print(f'found {in_words(describe(state_dict) or {})}, {len(state_dict)} tensors')
-        resized, errors = resize_kernels(state_dict, kernel_size, args.nearest)
-        kept, dropped = split_meta(content)
-        written, description = write_checkpoint(resized, args.dst, **kept)
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f'resize_kernel.py: {error}', file=sys.stderr)
-        return 1
+    content, state_dict = read_checkpoint(args.src)
+    print(f'found {in_words(describe(state_dict) or {})}, {len(state_dict)} tensors')
+    resized, errors = resize_kernels(state_dict, kernel_size, args.nearest)
+    kept, dropped = split_meta(content)
+    written, description = write_checkpoint(resized, args.dst, **kept)
     for gate, error in errors.items():
         print(f'{gate}: relative error {error.max():.3g} at most, {error.mean():.3g} on average')
     print(f'{in_words(description)}: {summarize_errors(errors)}')
     if dropped:
         print(f'left out, as it belongs to the old kernels: {", ".join(dropped)}')
     print(f'written to {written}')
-    return 0
 
 
 if __name__ == '__main__':

@@ -18,24 +18,22 @@ from pathlib import Path
 from lska_mm.checkpoint import CheckpointError, describe
 from lska_mm.convert import in_words, read_checkpoint, split_meta, write_checkpoint
 from lska_mm.kernels import separate_kernels
+from lska_mm.launch import report_errors
 
 
-def main() -> int:
+@report_errors(CheckpointError, OSError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Make 2-D attention kernels 1-D')
     parser.add_argument('src', help='checkpoint of a VAN, in any published layout')
     parser.add_argument('dst', type=Path, help='file to write; a hash is added to its name')
     args = parser.parse_args()
     if args.dst.suffix != '.pth':
         parser.error(f'DST must end in .pth, got {args.dst}')
-    try:
-        content, state_dict = read_checkpoint(args.src)
-        print(f'found {in_words(describe(state_dict) or {})}, {len(state_dict)} tensors')
-        separated, shares = separate_kernels(state_dict)
-        kept, dropped = split_meta(content)
-        written, description = write_checkpoint(separated, args.dst, **kept)
-    except (CheckpointError, OSError) as error:
-        print(f'van2lska.py: {error}', file=sys.stderr)
-        return 1
+    content, state_dict = read_checkpoint(args.src)
+    print(f'found {in_words(describe(state_dict) or {})}, {len(state_dict)} tensors')
+    separated, shares = separate_kernels(state_dict)
+    kept, dropped = split_meta(content)
+    written, description = write_checkpoint(separated, args.dst, **kept)
     for name, share in shares.items():
         print(f'{name}: {share:.1%} of the energy kept')
     print(
@@ -45,7 +43,6 @@ def main() -> int:
     if dropped:
         print(f'left out, as it belongs to the old kernels: {", ".join(dropped)}')
     print(f'written to {written}')
-    return 0
 
 
 if __name__ == '__main__':

@@ -30,6 +30,7 @@ from torch.nn import functional as F  # noqa: N812
 from erf import load_backbone, normalise
 from lska_mm import LSKA, LSKAVAN
 from lska_mm.checkpoint import CheckpointError
+from lska_mm.launch import report_errors
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -166,7 +167,8 @@ def draw(args: argparse.Namespace) -> list[GateMap]:
     return maps
 
 
-def main() -> int:
+@report_errors(CheckpointError, OSError, ValueError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Draw what the gates look at')
     parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
     parser.add_argument('checkpoint', help='its checkpoint')
@@ -178,13 +180,8 @@ def main() -> int:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
                         help='override settings of the config: key=value')  # fmt: skip
     args = parser.parse_args()
-    try:
-        maps = draw(args)
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f'attention.py: {error}', file=sys.stderr)
-        return 1
+    maps = draw(args)
     print(f'{make_table(maps)}\nwritten to {args.out}')
-    return 0
 
 
 if __name__ == '__main__':

@@ -37,7 +37,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import check_weights
+from lska_mm.launch import check_weights, report_errors
 from lska_mm.loader import get_state_dict
 
 matplotlib.use('Agg')
@@ -311,7 +311,8 @@ def measure(args: argparse.Namespace) -> list[Field]:
     return fields
 
 
-def main() -> int:
+@report_errors(CheckpointError, OSError, RuntimeError, ValueError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Effective receptive fields of backbones')
     parser.add_argument('--model', nargs='+', action='append', required=True,
                         metavar=('CONFIG', 'CHECKPOINT'), help='once a model; '
@@ -333,15 +334,10 @@ def main() -> int:
         parser.error('--kernel-sizes takes one --model, without a checkpoint')
     if min(args.num_images, args.size) < 1:
         parser.error('--num-images and --size must be 1 or more')
-    try:
-        fields = measure(args)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        plot(fields, args.out)
-    except (CheckpointError, OSError, RuntimeError, ValueError) as error:
-        print(f'erf.py: {error}', file=sys.stderr)
-        return 1
+    fields = measure(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    plot(fields, args.out)
     print(f'{make_table(fields)}\nwritten to {args.out}')
-    return 0
 
 
 if __name__ == '__main__':
