@@ -7,6 +7,7 @@ The reference folder holds what the published implementation computes: see
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
 from lska_mm import LSKAVAN  # registers it too
 
@@ -55,6 +57,7 @@ def reference_error(stages, arch='tiny', k=23):
     )
 
 
+GATE = 'block1.0.attn.spatial_gating_unit'
 SMALL = dict(embed_dims=[8, 16], depths=[2, 1], ffn_ratios=[4, 2])
 
 
@@ -63,6 +66,30 @@ def small(**kwargs):
     backbone = LSKAVAN(**{**dict(arch=SMALL, kernel_size=11, out_indices=(0, 1)), **kwargs})
     backbone.init_weights()
     return backbone
+
+
+def trained(**kwargs):
+    """A small backbone whose biases, norms and scales are random, too."""
+    backbone = small(**kwargs).eval()
+    for name, values in backbone.state_dict().items():
+        if values.dim() == 1:
+            low, high = (0.5, 1.5) if re.search(r'var|norm.*weight', name) else (-0.3, 0.3)
+            nn.init.uniform_(values, low, high)
+    return backbone
+
+
+def largest_difference(ours, theirs, sides, dtype=torch.float64):
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    differences = []
+    with torch.no_grad():
+        for side in sides:
+            image = torch.rand(1, 3, *side, dtype=dtype)
+            differences += [(a - b).abs().max().item() for a, b in zip(ours(image), theirs(image))]
+    return max(differences)
+
+
+def written_file(printed):
+    return Path(printed.strip().splitlines()[-1].removeprefix('written to '))
 
 
 def detection_data(cfg):

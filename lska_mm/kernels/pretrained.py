@@ -1,0 +1,66 @@
+"""Weights of another kernel size, by a line in a config."""
+
+import re
+
+from mmengine.logging import print_log
+from mmengine.model.weight_init import update_init_info
+from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from ..checkpoint import convert_state_dict, describe
+from ..loader import get_state_dict
+from ..models import LSKAVAN
+from .resize import resize_kernels, summarize_errors
+
+_STAGE = re.compile(r'backbone\.(?:patch_embed|block|norm)(\d+)\..+')
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class ResizedPretrained:
+    """Start an `LSKAVAN` from weights of another kernel size.
+
+    In a config, where ``Pretrained`` would refuse the file:
+
+        backbone=dict(kernel_size=53, init_cfg=dict(
+            type='ResizedPretrained', checkpoint='pretrained/lska-van-tiny_k23_in1k.pth'))
+
+    Args:
+        checkpoint: File or URL of the weights, in any layout.
+        nearest: Take the nearest kernels where they cannot be the same function,
+            see `resize_kernels`.
+
+    Raises:
+        CheckpointError: See `resize_kernels`; if the weights differ from the
+            backbone in more than the kernel size.
+        TypeError: If it is the ``init_cfg`` of another module than an `LSKAVAN`.
+    """
+
+    def __init__(self, checkpoint: str, nearest: bool = False):
+        self.checkpoint = checkpoint
+        self.nearest = nearest
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load the weights into ``module``."""
+        if not isinstance(module, LSKAVAN):
+            raise TypeError(
+                'ResizedPretrained is for the init_cfg of an LSKAVAN backbone, not of '
+                f'{type(module).__name__}.'
+            )
+        checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, 'cpu', logger='current')
+        state = {
+            key: value
+            for key, value in convert_state_dict(get_state_dict(checkpoint)).items()
+            if (stage := _STAGE.fullmatch(key)) and int(stage[1]) <= module.num_stages
+        }
+        ours, theirs = describe(module.state_dict()), describe(state)
+        if ours and theirs and {**theirs, 'kernel_size': ours['kernel_size']} == ours:
+            state, errors = resize_kernels(state, ours['kernel_size'], self.nearest)
+            print_log(
+                f'{self.checkpoint}: attention kernels of size {theirs["kernel_size"]} resized to '
+                f'{ours["kernel_size"]}, {summarize_errors(errors)}',
+                logger='current',
+            )
+        module.load_state_dict(state)  # says what else differs
+        if hasattr(module, '_params_init_info'):  # MMEngine's record of who set what
+            update_init_info(module, f'ResizedPretrained: load from {self.checkpoint}')

@@ -1,0 +1,116 @@
+"""VAN's kernels as 1-D ones."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from conftest import GATE, ROOT, SMALL, largest_difference, small, trained, written_file
+from lska_mm.checkpoint import CheckpointError
+from lska_mm.kernels import separate_kernels
+from lska_mm.models.lska import kernel_layout
+
+VAN2LSKA = 'tools/model_converters/van2lska.py'
+
+
+@pytest.mark.parametrize(('attention', 'k'), [('LKA', 23), ('LKA', 35), ('LKA-trivial', 11)])
+def test_products_are_found_again(attention, k):
+    van = trained(attention=attention, kernel_size=k)
+    for name, parameter in van.named_parameters():
+        if re.search(r'conv0\.weight|conv_spatial\.weight', name):
+            side = parameter.shape[-1]
+            rows, columns = torch.randn(2, *parameter.shape[:2], side).double() / side**0.5
+            parameter.data = columns[..., None] * rows[..., None, :]
+    state, shares = separate_kernels(van.double().state_dict())
+    separated = small(attention=f'LS{attention[1:]}', kernel_size=k).double().eval()
+    separated.load_state_dict(state)
+    assert min(shares.values()) == pytest.approx(1, abs=1e-12)
+    for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        difference = largest_difference(van, separated, [(61, 83), (24, 40)], dtype)
+        print(f'{attention} k={k}, {dtype}: largest difference of the outputs {difference:.1e}')
+        assert difference <= atol
+
+
+@pytest.mark.parametrize('attention', ['LKA', 'LKA-trivial'])
+def test_separated_kernels_are_the_nearest_products(attention):
+    source = trained(attention=attention, kernel_size=11).state_dict()
+    state, shares = separate_kernels(source)
+    assert len(shares) == sum(SMALL['depths']) * len(kernel_layout(attention, 11))
+    pairs = {'conv0': ('conv0h', 'conv0v'), 'conv_spatial': ('conv_spatial_h', 'conv_spatial_v')}
+    for name, share in shares.items():
+        gate, conv = name.rsplit('.', 1)
+        row, column = (f'backbone.{gate}.{part}' for part in pairs[conv])
+        kept = total = 0
+        for channel, kernel in enumerate(source[f'{name}.weight'][:, 0].double().numpy()):
+            values = np.linalg.svd(kernel, compute_uv=False)
+            kept, total = kept + values[0] ** 2, total + (values**2).sum()
+            rows, columns = (state[f'{key}.weight'][channel].flatten() for key in (row, column))
+            error = np.linalg.norm(np.outer(columns, rows) - kernel)
+            assert error == pytest.approx(np.sqrt((values[1:] ** 2).sum()), rel=1e-5)
+            assert rows.norm() == pytest.approx(columns.norm().item(), rel=1e-5)
+            assert rows[rows.abs().argmax()] > 0
+        assert share == pytest.approx(kept / total, rel=1e-6)
+        assert not state[f'{row}.bias'].any()
+        assert torch.equal(state[f'{column}.bias'], source[f'{name}.bias'])
+
+
+def test_separating_twice_is_refused():
+    with pytest.raises(CheckpointError, match=r'1-D already \(attention LSKA, kernel size 11\)'):
+        separate_kernels(small().state_dict())
+
+
+def test_other_tensors_cannot_be_separated():
+    match = r'No LSKA-VAN among the 1 tensors \(first: layer1.weight\)'
+    with pytest.raises(CheckpointError, match=match):
+        separate_kernels({'layer1.weight': torch.ones(1)})
+
+
+# --- The tool ----------------------------------------------------------------------
+
+
+def test_van2lska_tool(run, tmp_path):
+    from mmpretrain.registry import MODELS as CLASSIFIERS
+
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    van = CLASSIFIERS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='VAN', arch='tiny'),
+            head=dict(type='LinearClsHead', num_classes=1000, in_channels=256),
+        )
+    )
+    torch.save(dict(state_dict=van.state_dict(), meta={}), tmp_path / 'van.pth')
+    printed = run('python', VAN2LSKA, tmp_path / 'van.pth', tmp_path / 'tiny.pth')
+    print(printed)
+    assert 'found arch tiny, attention LKA, kernel size 23' in printed
+    assert re.search(rf'{GATE}.conv0: \d\d\.\d% of the energy kept', printed)
+    shares = [float(share) for share in re.findall(r'\.conv\w+: (\S+)% of', printed)]
+    assert len(shares) == 2 * 13
+    assert f'attention LSKA, kernel size 23: {min(shares):.1f}% of the energy kept at' in printed
+
+    cfg = Config.fromfile(ROOT / 'configs/classification/lska-van-tiny_4xb128_in1k.py')
+    cfg.model.backbone.init_cfg = None
+    classifier = CLASSIFIERS.build(cfg.model)
+    path = written_file(printed)
+    classifier.load_state_dict(torch.load(path, weights_only=True)['state_dict'], strict=True)
+    assert torch.equal(classifier.head.fc.weight, van.head.fc.weight)
+    assert torch.equal(classifier.backbone.norm4.bias, van.backbone.norm4.bias)
+
+
+@pytest.mark.parametrize(
+    ('state', 'match'),
+    [
+        ({'layer1.weight': torch.ones(1)}, 'holds no LSKA-VAN'),
+        (small().state_dict(), r'1-D already \(attention LSKA, kernel size 11\)'),
+    ],
+)
+def test_van2lska_tool_refuses_others(run, tmp_path, state, match):
+    torch.save(dict(state_dict=state), tmp_path / 'in.pth')
+    printed = run('python', VAN2LSKA, tmp_path / 'in.pth', tmp_path / 'out/x.pth', code=1)
+    assert re.search(rf'^van2lska.py: .*{match}', printed, re.MULTILINE)
+    assert 'Traceback' not in printed
+    assert not (tmp_path / 'out').exists()
