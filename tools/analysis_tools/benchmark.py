@@ -26,7 +26,6 @@ import copy
 import ctypes
 import io
 import itertools
-import json
 import resource
 import statistics
 import sys
@@ -35,21 +34,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import psutil
 import torch
 from mmengine.registry import MODELS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmark_report import ARCHS, HEADER, format_row, merge, write_report
 from lska_mm import LSKAVAN
 from lska_mm.launch import report_errors
 from plain_lska_van import plain_lska_van
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-
-ARCHS = ['tiny', 'small', 'base']
 BUSY = 10  # per cent of the machine that others may use
 SPREAD = 0.15  # half the interquartile range over the median
 ROUNDS = 4  # steps of a model at least, however long they take
@@ -276,107 +271,6 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     return rows
 
 
-def merge(runs: list[list[dict]]) -> list[dict]:
-    """One row for the same row of all runs: medians, and the range of the ratios."""
-    rows = []
-    for same in zip(*runs):
-        row = dict(same[0], ratios=sorted(row['ratio'] for row in same))
-        for key in ('milliseconds', 'spread', 'ratio', 'share', 'faults'):
-            row[key] = statistics.median(row[key] for row in same)
-        rows.append(row)
-    return rows
-
-
-def growth(rows: list[dict]) -> list[str]:
-    """What the largest kernel costs against the smallest, a line a model."""
-    small, large = (f(row['kernel_size'] for row in rows) for f in (min, max))
-    times = {tuple(row[key] for key in KEYS): row['milliseconds'] for row in rows}
-    return [
-        f'{model}, {arch}, batch {batch}, {height}x{width}: k={large} takes '
-        f'{times[arch, large, batch, height, width, model] / value:.2f} times as long as k={small}'
-        for (arch, k, batch, height, width, model), value in times.items()
-        if k == small < large and model != 'van'
-    ]
-
-
-KEYS = ['arch', 'kernel_size', 'batch', 'height', 'width', 'model']
-HEAD = [
-    'arch',
-    'k',
-    'batch',
-    'size',
-    'model',
-    'ms',
-    '±',
-    'ratio',
-    'of matmul',
-    'faults',
-    'GPU MiB',
-]
-
-
-def format_row(row: dict) -> str:
-    """A row of the table, in Markdown."""
-    cells = [
-        row['arch'], row['kernel_size'], row['batch'], f'{row["height"]}x{row["width"]}',
-        row['model'], f'{row["milliseconds"]:.1f}', f'{row["spread"]:.0%}',
-        format_ratio(row), f'{row["share"]:.0%}',
-        row['faults'],
-        '' if row['memory'] is None else f'{row["memory"]:.0f}',
-    ]  # fmt: skip
-    return f'| {" | ".join(map(str, cells))} |'
-
-
-def overview(rows: list[dict]) -> str:
-    """A line for all models in the same place: the plain one's time, the others' ratios to it."""
-    models = list(dict.fromkeys(row['model'] for row in rows))
-    head = ['arch', 'k', 'batch', 'size', 'plain, ms', *models[1:]]
-    lines: dict[tuple, list[str]] = {}
-    for row in rows:
-        place = (*(row[key] for key in KEYS[:3]), f'{row["height"]}x{row["width"]}')
-        plain = row['model'] == 'plain'
-        cell = f'{row["milliseconds"]:.0f}' if plain else format_ratio(row)
-        lines.setdefault(place, []).append(cell)
-    table = [head, ['---'] * len(head), *([*place, *cells] for place, cells in lines.items())]
-    return '\n'.join(f'| {" | ".join(map(str, cells))} |' for cells in table)
-
-
-def format_ratio(row: dict) -> str:
-    """The ratio to the plain model; of several runs the median, the lowest and the highest."""
-    ratios = row.get('ratios', [])
-    span = f' ({ratios[0]:.2f} to {ratios[-1]:.2f})' if len(ratios) > 1 else ''
-    return f'{row["ratio"]:.2f}{span}'
-
-
-def by_arch(panel: tuple) -> tuple:
-    """Sorts the panels of a plot: row by row, small images and batches first."""
-    (arch, batch, size), _ = panel
-    return ARCHS.index(arch), len(size), size, batch
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Time against kernel size: archs from top to bottom, batches and image sizes beside."""
-    panels: dict[tuple, list[dict]] = {}
-    for row in rows:
-        key = (row['arch'], row['batch'], f'{row["height"]}x{row["width"]}')
-        panels.setdefault(key, []).append(row)
-    archs = len({arch for arch, _, _ in panels})
-    columns = len(panels) // archs
-    figure, axes = plt.subplots(
-        archs, columns, figsize=(4.5 * columns, 3.5 * archs), layout='constrained', squeeze=False
-    )
-    for axis, (key, members) in zip(axes.flat, sorted(panels.items(), key=by_arch)):
-        for name in dict.fromkeys(row['model'] for row in members):
-            points = [(r['kernel_size'], r['milliseconds']) for r in members if r['model'] == name]
-            axis.plot(*zip(*points), marker='o', label=name)
-        axis.set(title='{}, batch {}, {}'.format(*key), xlabel='kernel size', ylabel='ms a batch')
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize='small')
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def parse_size(text: str) -> tuple[int, int]:
     height, width = text.split('x')
     return int(height), int(width)
@@ -406,23 +300,13 @@ def main() -> None:
     print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if not args.fresh_heap:
         keep_heap()
-    header = f'| {" | ".join(HEAD)} |\n|{" --- |" * len(HEAD)}'
-    print(header)
+    print(HEADER)
     combinations = list(itertools.product(args.archs, args.kernel_sizes, args.batches, args.sizes))
     runs = [
         [row for combination in combinations for row in calmly(measure, args, *combination)]
         for _ in range(args.runs)
     ]
-    rows = merge(runs)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / 'benchmark.json').write_text(json.dumps(rows, indent=1))
-    summary = '\n'.join([overview(rows), '', *growth(rows)])
-    table = '\n'.join([header, *map(format_row, rows)])
-    (args.out / 'benchmark.md').write_text(f'{summary}\n\n{table}\n')
-    print(f'\n{summary}')
-    if len(args.kernel_sizes) > 1:
-        plot(rows, args.out / 'benchmark.png')
-    print(f'written to {args.out}/benchmark.*')
+    print(f'\n{write_report(merge(runs), args.out)}\nwritten to {args.out}/benchmark.*')
 
 
 if __name__ == '__main__':

@@ -28,6 +28,8 @@ from mmengine.hooks import Hook
 from lska_mm.launch import build_runner
 
 matplotlib.use('Agg')
+import itertools
+
 from matplotlib import pyplot as plt
 
 MIB = 2**20
@@ -110,7 +112,7 @@ def plot(samples: list[dict[str, float]], warm_up: float, path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.set_title(title)
         axis.axvspan(0, warm_up * minutes[-1], color='0.92')
-        for before, after in zip(samples, samples[1:]):
+        for before, after in itertools.pairwise(samples):
             if before['runner'] != after['runner']:
                 axis.axvline(after['seconds'] / 60, color='0.6', linestyle=':')
         axis.grid(alpha=0.3)
