@@ -15,6 +15,7 @@ its Runner ends it with 1.
 import argparse
 import csv
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -28,7 +29,6 @@ from mmengine.hooks import Hook
 from lska_mm.launch import build_runner
 
 matplotlib.use('Agg')
-import itertools
 
 from matplotlib import pyplot as plt
 
