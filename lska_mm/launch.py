@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.dist import get_backend, is_distributed
@@ -20,6 +19,7 @@ from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 
 from .checkpoint import CheckpointError, convert_key, summarize
+from .distributed import init_cpu, start_pulse
 from .loader import get_state_dict
 from .resume import find_checkpoint, read_meta
 
@@ -263,23 +263,7 @@ def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
         position: Where a training goes on, see `resume`.
     """
     if cfg.launcher == 'pytorch' and get_device() == 'cpu' and not is_distributed():
-        # MMEngine would set a CUDA device and hand its number to DDP.
-        torch.distributed.init_process_group('gloo')
-        cfg.setdefault(
-            'model_wrapper_cfg',
-            dict(
-                type='MMDistributedDataParallel',
-                device_ids=None,
-                broadcast_buffers=False,
-                find_unused_parameters=cfg.get('find_unused_parameters', False),
-            ),
-        )
-        if cfg.pop('sync_bn', None):
-            print_log(
-                'SyncBN needs GPUs: each process normalises its own batch.',
-                logger='current',
-                level=logging.WARNING,
-            )
+        init_cpu(cfg)  # MMEngine would set a CUDA device and hand its number to DDP
     checkpoints = cfg.get('default_hooks', {}).get('checkpoint')
     if checkpoints and checkpoints.type == 'CheckpointHook':
         checkpoints.type = 'WholeCheckpointHook'
@@ -290,6 +274,7 @@ def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
     for hook in ('ExactResumeHook', 'BadImagesHook', 'NonFiniteHook', 'SaveOnSignalHook'):
         runner.register_hook(dict(type=hook))
     if runner.distributed:
+        start_pulse()
         runner.logger.info(
             f'Distributed: world size {runner.world_size}, '
             f'rank {runner.rank}, backend {get_backend()}'

@@ -2,6 +2,8 @@
 # Train on several GPUs, or in several CPU processes where there is no GPU.
 #   bash tools/dist_train.sh CONFIG GPUS [arguments of train.py]
 # On several machines, on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash ...
+# MAX_RESTARTS=3 starts the processes anew after an error; with --resume they go
+# on from the last checkpoint.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: bash $0 CONFIG GPUS [arguments of train.py]" >&2
@@ -14,4 +16,5 @@ python -m torch.distributed.run \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \
     --master_port="${PORT:-29500}" \
     --nproc_per_node="$2" \
+    --max_restarts="${MAX_RESTARTS:-0}" \
     "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}"

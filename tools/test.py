@@ -8,6 +8,7 @@ The config's `default_scope` says which toolbox it is for.
 
 from mmengine.config import ConfigDict
 
+from lska_mm.distributed import name_lost_ranks
 from lska_mm.launch import base_parser, build_runner, check_data, check_weights, load_config
 
 # Each toolbox has its own way to dump predictions and to draw them.
@@ -35,6 +36,7 @@ def parse_args():
     return args
 
 
+@name_lost_ranks()
 def main():
     args = parse_args()
     cfg = load_config(args)

@@ -8,6 +8,7 @@ The config's `default_scope` says which toolbox it is for.
 
 from mmengine.device import get_device
 
+from lska_mm.distributed import name_lost_ranks
 from lska_mm.launch import base_parser, build_runner, check_data, load_config, resume
 
 
@@ -29,6 +30,7 @@ def parse_args():
     return parser.parse_args()
 
 
+@name_lost_ranks()
 def main():
     args = parse_args()
     cfg = load_config(args)

@@ -5,17 +5,22 @@
 A Runner trains until its share of the time is over; the next, in the same
 process, resumes from its last checkpoint. The schedule of the config is
 repeated for as long as that takes. DIR takes soak.csv (a line a sample:
-resident memory of the process and of its workers, open files of all of them,
+resident memory of the process and of its workers, open files of a process,
 how many workers and zombies there are), soak.png, and the work dir. Growth is
 the median of the last quarter of the samples less that of the first quarter
-after the warm-up. More of it than --limit, a zombie, or a worker that outlives
-its Runner ends it with 1.
+after the warm-up. More of it than --limit, more open files than the log that
+MMEngine keeps of each Runner, a zombie, or a worker that outlives its Runner
+ends it with 1.
+
+Memory that mirrors files (libraries) is not counted: the system takes it back
+as it likes. What workers share with the process that forked them counts in both.
 """
 
 import argparse
 import csv
 import gc
 import itertools
+import multiprocessing
 import statistics
 import sys
 import time
@@ -29,12 +34,17 @@ from mmengine.hooks import Hook
 from lska_mm.launch import build_runner
 
 matplotlib.use('Agg')
-
 from matplotlib import pyplot as plt
 
 MIB = 2**20
 COLUMNS = ['seconds', 'runner', 'iter', 'main_mib', 'workers_mib', 'files', 'workers', 'zombies']
-GROWING = dict(main_mib='MiB', workers_mib='MiB', files='files')  # what must not, and its unit
+GROWING = dict(main_mib='MiB', workers_mib='MiB', files='files')  # what may not, and its unit
+
+
+def own_memory(process: psutil.Process) -> float:
+    """Resident memory that mirrors no file, in MiB."""
+    memory = process.memory_info()
+    return (memory.rss - memory.shared) / MIB
 
 
 def look() -> dict[str, float]:
@@ -43,7 +53,7 @@ def look() -> dict[str, float]:
     children = main.children(recursive=True)
     for child in children:
         try:
-            memory += child.memory_info().rss / MIB
+            memory += own_memory(child)
             files += child.num_fds()
             zombies += child.status() == psutil.STATUS_ZOMBIE
         except psutil.ZombieProcess:
@@ -51,9 +61,9 @@ def look() -> dict[str, float]:
         except psutil.NoSuchProcess:
             pass  # ended while it was looked at
     return dict(
-        main_mib=main.memory_info().rss / MIB,
+        main_mib=own_memory(main),
         workers_mib=memory,
-        files=main.num_fds() + files,
+        files=(main.num_fds() + files) / (1 + len(children) - zombies),
         workers=len(children) - zombies,
         zombies=zombies,
     )
@@ -106,7 +116,11 @@ def plot(samples: list[dict[str, float]], warm_up: float, path: Path) -> None:
     """Memory and open files over time; a dotted line where a Runner starts."""
     minutes = [sample['seconds'] / 60 for sample in samples]
     figure, axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True, layout='constrained')
-    titles = ('resident memory, MiB', 'resident memory of the workers, MiB', 'open files')
+    titles = (
+        'resident memory, MiB',
+        'resident memory of the workers, MiB',
+        'open files of a process',
+    )
     for axis, column, title in zip(axes, GROWING, titles):
         axis.plot(minutes, [sample[column] for sample in samples], linewidth=1)
         axis.set_ylim(bottom=0)
@@ -122,10 +136,11 @@ def plot(samples: list[dict[str, float]], warm_up: float, path: Path) -> None:
 
 
 def remaining_workers() -> int:
-    """Children left when the Runner is gone; those that are ending have some seconds."""
+    """Workers left when the Runner is gone; those that are ending have some seconds."""
     gc.collect()
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)
-    return len(alive)
+    for worker in multiprocessing.active_children():
+        worker.join(timeout=10)
+    return len(multiprocessing.active_children())
 
 
 def soak(cfg: Config, sampler: Sampler, seconds: float, runners: int) -> int:
@@ -173,7 +188,7 @@ def main() -> int:
     for column, unit in GROWING.items():
         first, grown = growth(samples, column, args.warm_up)
         print(f'soak: {column} {first:.1f} {unit}, grown by {grown:+.1f} ({grown / first:+.2%})')
-        if grown > (args.limit if unit == 'MiB' else 0):
+        if grown > (args.limit if unit == 'MiB' else args.runners):
             faults.append(f'{column} grew by {grown:.1f} {unit}')
     zombies = max(sample['zombies'] for sample in samples)
     print(f'soak: {zombies:.0f} zombies, {left} workers that outlived their Runner')

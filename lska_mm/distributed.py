@@ -1,0 +1,195 @@
+"""Several processes without a GPU, and the loss of one of them."""
+
+import atexit
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+BEAT = 1.0  # seconds between two signs of life
+PATIENCE = 5.0  # seconds without one: the rank is lost
+TIMEOUT = 1800  # of a collective, in seconds, where the config names none: PyTorch's own
+
+
+class LostRankError(RuntimeError):
+    """A process of the job answers no more."""
+
+
+# --- On a CPU --------------------------------------------------------------------
+
+
+class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What PyTorch's class does on GPUs alone: one normalisation over all processes.
+
+    Mean and variance are taken one after the other, since the difference of
+    the mean square and the squared mean loses digits. No subclass of PyTorch's,
+    which its DDP refuses on a CPU.
+    """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """Any number of dimensions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the channels of an input (B, C, ...)."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        size = x.new_tensor([x.numel() / x.size(1)])
+        total = all_reduce(torch.cat([x.sum(axes), size]))
+        mean, count = total[:-1] / total[-1], total[-1]
+        centred = x - mean.view(shape)
+        variance = all_reduce(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            # A cumulative mean, where no momentum is given.
+            rate = self.momentum or 1 / self.num_batches_tracked.item()
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, rate)
+                self.running_var.lerp_(variance * count / (count - 1), rate)
+        out = centred * (variance + self.eps).rsqrt().view(shape)
+        return out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """MMEngine's wrapper without a device; SyncBN works in it (`CPUSyncBatchNorm`)."""
+
+    def __init__(self, module: nn.Module, device_ids=None, **kwargs) -> None:
+        for part in module.modules():
+            if type(part) is nn.SyncBatchNorm:
+                # The same parameters and buffers.
+                part.__class__ = CPUSyncBatchNorm  # type: ignore[assignment]
+        super().__init__(module, device_ids=None, **kwargs)
+
+
+def init_cpu(cfg: Config) -> None:
+    """Make a process group of gloo, and wrappers for models that need no GPU.
+
+    The timeout of a collective is MMEngine's, `env_cfg.dist_cfg.timeout` in
+    seconds. A wrapper or a strategy of the config keeps what it says.
+    """
+    timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', TIMEOUT)
+    dist.init_process_group('gloo', timeout=timedelta(seconds=timeout))
+    data_parallel = dict(
+        type='CPUDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    if cfg.get('runner_type') != 'FlexibleRunner':
+        cfg.setdefault('model_wrapper_cfg', data_parallel)
+        return
+    strategy = cfg.setdefault('strategy', dict(type='DDPStrategy'))
+    if strategy.type == 'FSDPStrategy':
+        wrapper = strategy.setdefault('model_wrapper', dict(type='MMFullyShardedDataParallel'))
+        wrapper.setdefault('device_id', 'cpu')
+    else:
+        strategy.setdefault('model_wrapper', data_parallel)
+
+
+# --- A lost process --------------------------------------------------------------
+
+
+class Pulse:
+    """A sign of life each second, in the store that the ranks met in.
+
+    The store is part of `torchrun` on the host of rank 0, at MASTER_ADDR and
+    MASTER_PORT. A connection of its own waits for nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.host, self.port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        store = dist.TCPStore(self.host, self.port, is_master=False)
+        self.store = dist.PrefixStore(f'lska_mm/{attempt}', store)
+        self.verdict = ''  # of the rank that was the first to look
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)
+
+    def _beat(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: nothing to tell it
+            while not self._stop.wait(BEAT):
+                self.store.add(f'beat/{self.rank}', 1)
+                if self.store.add('looked', 0):
+                    self.verdict = self.store.get('verdict').decode()
+
+    def _look(self, seen: list[list[int]]) -> None:
+        with contextlib.suppress(RuntimeError):
+            for pause in (0, PATIENCE):
+                time.sleep(pause)
+                seen.append([self.store.add(f'beat/{i}', 0) for i in range(self.world)])
+
+    def stop(self) -> None:
+        """End the thread; it may hang in a dead connection."""
+        self._stop.set()
+        self._thread.join(timeout=BEAT)
+
+    def find_lost(self) -> str:
+        """Say which ranks show no life; nothing if all do. Takes some seconds."""
+        seen: list[list[int]] = []
+        # In a thread: a host that is off the network does not even refuse.
+        looking = threading.Thread(target=self._look, args=(seen,), daemon=True)
+        looking.start()
+        looking.join(timeout=2 * PATIENCE)
+        if self.verdict:
+            return self.verdict
+        if len(seen) < 2:
+            return f'the host of rank 0 does not answer (MASTER_ADDR {self.host}:{self.port})'
+        lost = [i for i, (before, after) in enumerate(zip(*seen)) if before == after]
+        names = ', '.join(str(rank) for rank in lost if rank != self.rank)
+        verdict = f'rank {names} of {self.world} shows no sign of life' if names else ''
+        if verdict:  # for those who learn of it later: the store ends with its host's ranks
+            self.store.set('verdict', verdict)
+            self.store.add('looked', 1)
+            time.sleep(3 * BEAT)
+        return verdict
+
+
+@contextlib.contextmanager
+def name_lost_ranks() -> Iterator[None]:
+    """Explain an error of PyTorch: which other process is gone, if one is.
+
+    The survivors learn of it by a closed connection, or by the timeout of a
+    collective.
+
+    Raises:
+        LostRankError: In place of the error; it names the ranks.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = pulse.find_lost() if pulse else ''
+        if not lost:
+            raise
+        raise LostRankError(
+            f'Rank {dist.get_rank()} stops: {lost}. What ended it is in the output of its own '
+            'host; if there is nothing, look at the machine, and at the network between. Then '
+            'start the job again on all hosts, with --resume.'
+        ) from error
+
+
+pulse: Pulse | None = None
+
+
+def start_pulse() -> None:
+    """Give signs of life from now on, where `torchrun` or Slurm started several processes."""
+    global pulse
+    if pulse is None and dist.is_initialized() and 'MASTER_PORT' in os.environ:
+        pulse = Pulse()
