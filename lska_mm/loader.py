@@ -30,6 +30,11 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, '0').lower() in ('1', 'y', 'yes', 'true')
 
 
+def _line(error: Exception) -> str:
+    """An error in a line: names in it come from the file, and may be anything."""
+    return str(error)[:300].encode('unicode_escape').decode()
+
+
 def load_from_local(path: str, map_location: Any = None) -> Any:
     """Read a checkpoint file without running code that it may carry.
 
@@ -69,14 +74,14 @@ def load_from_local(path: str, map_location: Any = None) -> Any:
             checkpoint = read(path, map_location)
     except refusal as error:
         raise CheckpointError(
-            f'{path} was refused: it holds {error}, where only tensors, numbers, containers '
-            'and argparse.Namespace are expected. Loading it could run code. If you trust '
-            f'whoever made it, set {TRUST_VARIABLE}=1 for this one command.'
+            f'{path} was refused: it holds {_line(error)}, where only tensors, numbers, '
+            'containers and argparse.Namespace are expected. Loading it could run code. If you '
+            f'trust whoever made it, set {TRUST_VARIABLE}=1 for this one command.'
         ) from None
     except Exception as error:  # of any kind: the bytes may be anything
         raise CheckpointError(
             f'{path} is damaged, or not a file that torch.save wrote '
-            f'({type(error).__name__}: {str(error)[:300]}).'
+            f'({type(error).__name__}: {_line(error)}).'
         ) from error
 
     state_dict = get_state_dict(checkpoint)

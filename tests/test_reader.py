@@ -299,6 +299,9 @@ PICKLES = {
     'a changed tensor': (tensor(4, (4,)) + op(0) + op(1) + b's', 'Tensor out of place'),
     'a new string': (name('builtins.str') + NESTED + b'\x85\x81', 'a new object of another type'),
     'a class of torch': (name('torch.nn.modules.linear.Linear'), 'torch.nn.modules.linear.Linear'),
+    'a name that looks like a line of a log': (
+        op('os') + op('x\n01/01 INFO - all is well') + b'\x93', r'os\.x\\n01',
+    ),
     'a distant place of the memo': (b'Nr\xff\xff\xff\xff', None),
     'a frame that is not there': (b'\x95' + (2**62).to_bytes(8, 'little') + b'N', None),
     'lists in lists': (b']' * 100_000 + b'a' * 99_999, None),
