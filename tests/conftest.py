@@ -24,7 +24,9 @@ from torch import nn
 from lska_mm import LSKAVAN  # registers it too
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ('tests/reference', 'tools/analysis_tools', 'tools/deployment', 'tools/visualization')
+FOLDERS = (
+    'demo', 'tests/reference', 'tools/analysis_tools', 'tools/deployment', 'tools/visualization'
+)  # fmt: skip
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 from build_state import build_image, build_state  # noqa: E402
 
@@ -134,6 +136,10 @@ def build_model(cfg):
     cfg.model.backbone.init_cfg = None
     if 'num_queries' in cfg.model:  # no more than the small images have pixels
         cfg.model.num_queries = 100
+    rcnn = (cfg.model.get('train_cfg') or {}).get('rcnn') or []
+    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:  # regions that a head trains on
+        if 'num' in stage.get('sampler', {}):
+            stage.sampler.num = 16
     if cfg.default_scope == 'mmpretrain':
         cfg.model.data_preprocessor = cfg.data_preprocessor
     if cfg.default_scope == 'mmseg':
@@ -175,24 +181,51 @@ def published_file(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def run():
-    """Run a command in the repository as a user would; returns its result."""
+def preloaded(tmp_path_factory):
+    """Run a Python script by `preloaded.py`; returns exit code and what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / 'tests/preloaded.py'],
+        env={'OMP_NUM_THREADS': '2', **os.environ},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    out = tmp_path_factory.mktemp('preloaded') / 'printed'
+
+    def _run(argv, cwd, environ):
+        out.write_text('')
+        job = dict(argv=argv, cwd=str(cwd), environ=environ, out=str(out))
+        print(json.dumps(job), file=process.stdin, flush=True)
+        return int(process.stdout.readline()), out.read_text()
+
+    with process:
+        yield _run
+
+
+@pytest.fixture(scope='session')
+def run(preloaded):
+    """Run a command in the repository as a user would; returns what it printed."""
 
     def _run(*command, code=0, cwd=ROOT, **env):
         # Two threads: spinning, more of them would slow each other.
         environ = {'OMP_NUM_THREADS': '2', **os.environ, **env}
         environ['PATH'] = f'{Path(sys.executable).parent}:{environ["PATH"]}'
-        result = subprocess.run(
-            [str(word) for word in command],
-            cwd=cwd,
-            env=environ,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        assert result.returncode == code, result.stdout[-5000:]
-        return result.stdout
+        program, *words = map(str, command)
+        if program == 'python' and words[0].endswith('.py'):
+            returned, printed = preloaded(words, cwd, environ)
+        else:
+            result = subprocess.run(
+                [program, *words],
+                cwd=cwd,
+                env=environ,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+            returned, printed = result.returncode, result.stdout
+        assert returned == code, printed[-5000:]
+        return printed
 
     return _run
 

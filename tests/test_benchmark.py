@@ -12,6 +12,7 @@ def main(monkeypatch, tmp_path):
     """Run the benchmark for a moment, by default with nothing to object to."""
     monkeypatch.setattr(benchmark, 'BUSY', 101)
     monkeypatch.setattr(benchmark, 'SPREAD', 100)
+    monkeypatch.setattr(benchmark, 'SIDE', 256)
 
     def _main(*more):
         command = ['benchmark.py', '--sizes', '32x64', '--seconds', '0.01', '--out', str(tmp_path)]
@@ -62,6 +63,7 @@ def test_a_busy_machine_is_refused(main, monkeypatch, tmp_path, capsys):
 
 def test_a_wide_spread_is_refused(main, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, 'SPREAD', 0)
+    monkeypatch.setattr(benchmark, 'TRIES', 3)
     assert main() == 1
     errors = capsys.readouterr().err
     assert errors.count('plain, tiny k=7: times vary by') == benchmark.TRIES

@@ -25,8 +25,9 @@ def classifier(run, tmp_path_factory):
     """The demo of classification with a shorter schedule."""
     out = tmp_path_factory.mktemp('classification')
     printed = run(
-        'bash', 'demo/run.sh', '--cfg-options', 'train_cfg.max_epochs=2',
-        'param_scheduler.1.end=2', TASK='classification', WORK_DIR=str(out),
+        'bash', 'demo/run.sh', '--cfg-options', 'train_cfg.max_epochs=1',
+        'train_dataloader.batch_size=16', 'param_scheduler.0.start_factor=1',
+        TASK='classification', WORK_DIR=str(out),
     )  # fmt: skip
     return out, printed
 

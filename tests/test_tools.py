@@ -158,7 +158,7 @@ def test_tta(run, coco, tmp_path):
     torch.save(dict(state_dict=detector.state_dict()), tmp_path / 'random.pth')
     scales = [
         f'tta_pipeline.1.transforms.0.{i}.scale=({side},{side})'
-        for i, side in enumerate((256, 128, 64))
+        for i, side in enumerate((96, 64, 32))
     ]
     printed = run(
         'python',

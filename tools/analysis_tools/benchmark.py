@@ -49,6 +49,7 @@ BUSY = 10  # per cent of the machine that others may use
 SPREAD = 0.15  # half the interquartile range over the median
 ROUNDS = 4  # steps of a model at least, however long they take
 TRIES = 5  # measurements of a combination until its times vary less
+SIDE = 2048  # of the matrices whose product tells the machine's rate
 PAUSE = 0.005  # seconds in which the threads of the model before stop waiting for more work
 
 
@@ -146,9 +147,9 @@ def time_all(
 
 def matmul_rate(device: torch.device) -> float:
     """Multiply-adds a second of a large matrix product, in G."""
-    a = torch.rand(2048, 2048, device=device)
+    a = torch.rand(SIDE, SIDE, device=device)
     times = [time_once(lambda: a @ a, device) for _ in range(7)]
-    return 2048**3 / min(times) / 1e6
+    return SIDE**3 / min(times) / 1e6
 
 
 def peak_memory(step: Callable[[], None], device: torch.device) -> float | None:

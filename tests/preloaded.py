@@ -1,0 +1,41 @@
+"""Runs Python scripts in forks of this process, which has imported what they all import.
+
+It reads a line of JSON for each script: `argv`, `cwd`, `environ`, and `out`, the file
+for what the script prints; and answers with its exit code. Apart from its quick start,
+a script runs as by `python script.py`. Nothing of this project is imported here, nor of
+the toolboxes: that is left to the script.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401
+import mmcv.ops  # noqa: F401
+import mmengine.runner  # noqa: F401
+import pycocotools.coco  # noqa: F401
+import torchvision  # noqa: F401
+
+
+def run(job: dict) -> None:
+    """Become the script."""
+    null, out = os.open(os.devnull, os.O_RDONLY), os.open(job['out'], os.O_WRONLY)
+    for number, file in enumerate((null, out, out)):
+        os.dup2(file, number)
+    os.chdir(job['cwd'])
+    os.environ.clear()
+    os.environ.update(job['environ'])
+    sys.argv = job['argv']
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        run(json.loads(line))
+        break
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
