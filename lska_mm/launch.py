@@ -224,7 +224,8 @@ def resume(cfg: Config, checkpoint: str) -> dict[str, int]:
     else:
         meta = read_meta(checkpoint)
     cfg.resume, cfg.load_from = True, checkpoint
-    cfg.setdefault('randomness', {}).seed = meta['seed']
+    if 'seed' in meta:
+        cfg.setdefault('randomness', {}).seed = meta['seed']
     return dict(iter=meta['iter'], epoch=meta['epoch'])
 
 

@@ -20,12 +20,11 @@ from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import CheckpointLoader, IterBasedTrainLoop
 
 from .checkpoint import CheckpointError
 from .data import seed_everything
 from .files import whole_file
-from .loader import load_from_local
 
 # What a process ends with when it was asked to go and saved everything before:
 # sysexits.h calls this code a failure after which one should try again.
@@ -74,9 +73,14 @@ def read_meta(file: str | Path) -> dict[str, Any]:
     """The ``meta`` of a checkpoint that training can go on from.
 
     Raises:
-        CheckpointError: If it is damaged, or holds only a model.
+        CheckpointError: If it is damaged, a folder, or holds only a model.
     """
-    checkpoint = load_from_local(str(file), 'cpu')
+    if Path(file).is_dir():
+        raise CheckpointError(
+            f'{file}, which is a folder of shards: save whole files '
+            '(strategy.state_dict_cfg=full) to go on exactly.'
+        )
+    checkpoint = CheckpointLoader.load_checkpoint(str(file), map_location='cpu')
     missing = [key for key in ('meta', 'optimizer', 'message_hub') if key not in checkpoint]
     if missing:
         raise CheckpointError(

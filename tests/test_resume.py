@@ -173,12 +173,13 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
     assert find_checkpoint(tmp_path)[1] == dict(iter=3)
     damaged = tmp_path / 'iter_3.pth'
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    torch.save({'w': torch.ones(1)}, tmp_path / 'best.pth')  # the newest of all
+    torch.save({'w': torch.ones(1)}, tmp_path / 'best.pth')  # the newest of files
+    (tmp_path / 'shards.pth').mkdir()
     (tmp_path / 'last_checkpoint').touch()
     assert find_checkpoint(tmp_path) == (str(tmp_path / 'iter_2.pth'), dict(iter=2))
     for name in ('iter_1.pth', 'iter_2.pth'):
         (tmp_path / name).unlink()
-    with pytest.raises(CheckpointError, match=r'has 2 checkpoints, and none can be continued'):
+    with pytest.raises(CheckpointError, match=r'has 3 checkpoints, and none can be continued'):
         find_checkpoint(tmp_path)
 
 
