@@ -227,6 +227,13 @@ class _Unpickler(_PythonUnpickler):
             raise ValueError(f'storage {key} has two types')
         return self.storages[key]
 
+    def load_global(self) -> None:
+        """Look a name up."""
+        module, name = self.readline(), self.readline()
+        if not name.endswith(b'\n'):
+            raise EOFError('cut off in a name')
+        self.append(self.find_class(module[:-1].decode(), name[:-1].decode()))
+
     def load_reduce(self) -> None:
         """Call a function."""
         args = self.stack.pop()
