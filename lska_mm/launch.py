@@ -225,7 +225,7 @@ def resume(cfg: Config, checkpoint: str) -> dict[str, int]:
         meta = read_meta(checkpoint)
     cfg.resume, cfg.load_from = True, checkpoint
     if 'seed' in meta:
-        cfg.setdefault('randomness', {}).seed = meta['seed']
+        cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': meta['seed']}
     return dict(iter=meta['iter'], epoch=meta['epoch'])
 
 

@@ -87,7 +87,8 @@ COMMANDS = {
         '--size 64 --per-class 1 --corruptions fog contrast': ([], 'contrast: 10 images'),
         'python tools/analysis_tools/imagenet_c.py demo/lska-van-tiny_digits.py '
         f'{CLASSIFIER} data/digits-c --work-dir work_dirs/digits-c': (
-            ['--cfg-options', 'test_dataloader.num_workers=0'], '| contrast |',
+            ['--cfg-options', 'test_dataloader.num_workers=0',
+             'test_dataloader.persistent_workers=False'], '| contrast |',
         ),
         'python tools/analysis_tools/seeds.py work_dirs/pretraining/*/ --metrics coco/segm_mAP': (
             [], '| digits | 2 | 0.200 ± 0.141 |',
