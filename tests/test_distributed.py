@@ -112,7 +112,8 @@ class Job:
 
     def state(self, name):
         content = torch.load(self.folder / name / 'epoch_4.pth', weights_only=False)
-        return content['state_dict']
+        # FlexibleRunner keeps DDP's prefix.
+        return {key.removeprefix('module.'): v for key, v in content['state_dict'].items()}
 
 
 class Network:
