@@ -244,6 +244,7 @@ def guard_data(
         if not isinstance(loader, dict):
             continue
         loader['dataset'] = dict(type='GuardedDataset', dataset=loader['dataset'])
+        loader.setdefault('worker_init_fn', dict(type='pass_over_sigterm'))
         if split == 'train':
             loader['dataset']['max_bad_images'] = max_bad_images
             loader['batch_sampler'] = dict(

@@ -7,8 +7,10 @@ one that was never interrupted.
 """
 
 import logging
+import os
 import signal
 import sys
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from mmengine.dist import is_distributed, is_main_process
 from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS
+from mmengine.registry import FUNCTIONS, HOOKS
 from mmengine.runner import CheckpointLoader, IterBasedTrainLoop
 
 from .checkpoint import CheckpointError
@@ -163,6 +165,25 @@ class WholeCheckpointHook(CheckpointHook):
                     self.file_backend.rmtree(path)
                 elif self.file_backend.exists(path):
                     self.file_backend.remove(path)
+
+
+@FUNCTIONS.register_module()
+def pass_over_sigterm(worker_id: int) -> None:
+    """Let a worker that loads data end by the SIGTERM of its parent alone.
+
+    Schedulers send one to every process of a job, but the step in progress
+    needs the workers.
+    """
+    if not hasattr(signal, 'sigwaitinfo'):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def listen() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 @HOOKS.register_module()

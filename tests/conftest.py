@@ -200,6 +200,7 @@ def preloaded(tmp_path_factory):
 
     with process:
         yield _run
+        process.terminate()  # forked processes may hold its input open
 
 
 @pytest.fixture(scope='session')

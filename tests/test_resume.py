@@ -1,6 +1,7 @@
 """Training that is interrupted ends like one that never was."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from mmengine.config import Config
@@ -28,14 +30,15 @@ def workers(cfg, number):
 
 
 class Interrupt(Hook):
-    """Sends SIGTERM to its own process during a step."""
+    """Sends SIGTERM to its own process and to workers during a step, as schedulers do."""
 
     def __init__(self, step):
         self.step = step
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for process in [*multiprocessing.active_children(), psutil.Process()]:
+                process.terminate()
 
 
 def assert_same(ours, theirs):

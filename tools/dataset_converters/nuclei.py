@@ -13,7 +13,6 @@ pixel is in both. A nucleus on the border is cut, a piece in each set.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import mmcv
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from lska_mm.files import whole_file
 from lska_mm.launch import report_errors
 
 VAL_COLUMN = 352
@@ -55,10 +55,8 @@ def coco_annotations(labels: np.ndarray, image_id: int) -> list[dict]:
 
 def write(content: bytes, path: Path) -> None:
     """All of a file at once: another process may be reading it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    part.write_bytes(content)
-    os.replace(part, path)
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def png(image: np.ndarray) -> bytes:
