@@ -1,0 +1,47 @@
+"""Training for long: memory, open files and workers."""
+
+import csv
+import os
+import re
+
+import pytest
+from soak import growth
+
+from trainings import segmentor
+
+
+def soak(run, nuclei, tmp_path, minutes, *arguments):
+    cfg = segmentor(nuclei, tmp_path)
+    cfg.train_cfg.val_interval = 20
+    cfg.default_hooks.checkpoint.interval = 50
+    cfg.dump(tmp_path / 'config.py')
+    return run(
+        'python', 'tools/analysis_tools/soak.py', tmp_path / 'config.py', '--minutes', minutes,
+        '--out', tmp_path / 'out', *arguments, OMP_NUM_THREADS='1',
+    )  # fmt: skip
+
+
+def test_a_short_soak(run, nuclei, tmp_path):
+    """Too short for a judgement on memory, but not on what is left over."""
+    printed = soak(run, nuclei, tmp_path, 0.2, '--runners', 2, '--interval', 0.5, '--limit', 200)
+    assert 'soak: 0 zombies, 0 workers that outlived their Runner' in printed
+    assert (tmp_path / 'out/soak.png').stat().st_size > 10_000
+    with (tmp_path / 'out/soak.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row['runner'] for row in rows} == {'1', '2'}
+    assert max(int(row['workers']) for row in rows) == 2
+    # The second Runner goes on from a checkpoint.
+    assert min(int(row['iter']) for row in rows if row['runner'] == '2') > 1
+
+
+def test_growth_is_seen():
+    samples = [dict(seconds=i, main_mib=100 + (i if i > 10 else 20)) for i in range(101)]
+    assert growth(samples, 'main_mib', 0.2) == (129.5, 61)
+
+
+@pytest.mark.soak
+def test_an_hour(run, nuclei, tmp_path):
+    """SOAK_MINUTES=N for another time."""
+    minutes = os.environ.get('SOAK_MINUTES', '60')
+    printed = soak(run, nuclei, tmp_path, minutes)
+    print('\n'.join(re.findall(r'^soak: .*', printed, re.MULTILINE)))
