@@ -244,7 +244,10 @@ def guard_data(
         if not isinstance(loader, dict):
             continue
         loader['dataset'] = dict(type='GuardedDataset', dataset=loader['dataset'])
-        loader.setdefault('worker_init_fn', dict(type='pass_over_sigterm'))
+        quiet = loader.pop('disable_subprocess_warning', False)
+        loader.setdefault(
+            'worker_init_fn', dict(type='pass_over_sigterm', disable_subprocess_warning=quiet)
+        )
         if split == 'train':
             loader['dataset']['max_bad_images'] = max_bad_images
             loader['batch_sampler'] = dict(

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,18 @@ class WholeCheckpointHook(CheckpointHook):
 
 
 @FUNCTIONS.register_module()
-def pass_over_sigterm(worker_id: int) -> None:
+def pass_over_sigterm(worker_id: int, disable_subprocess_warning: bool = False) -> None:
     """Let a worker that loads data end by the SIGTERM of its parent alone.
 
     Schedulers send one to every process of a job, but the step in progress
-    needs the workers.
+    needs the workers. Takes the place of MMEngine's function for new workers.
+
+    Args:
+        worker_id: Among those of the dataloader, from 0.
+        disable_subprocess_warning: Let the first worker alone give warnings.
     """
+    if disable_subprocess_warning and worker_id:
+        warnings.simplefilter('ignore')
     if not hasattr(signal, 'sigwaitinfo'):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

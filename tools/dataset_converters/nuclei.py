@@ -21,7 +21,7 @@ import mmcv
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from lska_mm.files import whole_file
+from lska_mm.files import WholeFileBackend
 from lska_mm.launch import report_errors
 
 VAL_COLUMN = 352
@@ -53,12 +53,6 @@ def coco_annotations(labels: np.ndarray, image_id: int) -> list[dict]:
     return annotations
 
 
-def write(content: bytes, path: Path) -> None:
-    """All of a file at once: another process may be reading it."""
-    with whole_file(path) as file:
-        file.write(content)
-
-
 def png(image: np.ndarray) -> bytes:
     """Encode a grey image (H, W)."""
     return cv2.imencode('.png', image)[1].tobytes()
@@ -83,6 +77,8 @@ def convert(source: Path, out: Path) -> None:
             'expected a label map of the size of the image.'
         )
 
+    # All of a file at once: another process may be reading it.
+    write = WholeFileBackend().put
     columns = dict(train=slice(None, VAL_COLUMN), val=slice(VAL_COLUMN, None))
     for image_id, (split, part) in enumerate(columns.items(), start=1):
         tile, tile_labels = image[:, part], labels[:, part]
