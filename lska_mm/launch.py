@@ -160,24 +160,35 @@ def check_weights(model: Any, path: str) -> None:
     tested with random weights.
 
     Raises:
-        CheckpointError: If tensors of the model are missing in the file; says
-            what the file holds.
+        CheckpointError: If tensors of the model are missing in the file, or have
+            another shape there; says what the file holds.
     """
     state_dict = get_state_dict(CheckpointLoader.load_checkpoint(path, map_location='cpu'))
     while isinstance(model, BaseTTAModel) or is_model_wrapper(model):
         model = model.module
-    held = {convert_key(key) for key in state_dict}
-    missing = [
-        key
-        for key in model.state_dict()
-        if key not in held and not key.endswith('num_batches_tracked')
-    ]
+    held = {convert_key(key): getattr(value, 'shape', None) for key, value in state_dict.items()}
+    expected = {
+        key: value.shape
+        for key, value in model.state_dict().items()
+        if not key.endswith('num_batches_tracked')
+    }
+    missing = [key for key in expected if key not in held]
+    differing = [key for key in expected if key in held and held[key] != expected[key]]
     if missing:
-        raise CheckpointError(
-            f'{path} is not of the {type(model).__name__} in the config: it holds '
-            f'{summarize(state_dict)}, and lacks {len(missing)} tensors of the model '
-            f'(first: {missing[0]}). Test it with the config that it was trained with.'
+        problem = f'lacks {len(missing)} tensors of the model (first: {missing[0]})'
+    elif differing:
+        key = differing[0]
+        problem = (
+            f'{len(differing)} tensors have another shape there (first: {key}, '
+            f'{tuple(held[key] or ())} instead of {tuple(expected[key])})'
         )
+    else:
+        return
+    raise CheckpointError(
+        f'{path} is not of the {type(model).__name__} in the config: it holds '
+        f'{summarize(state_dict)}, and {problem}. Test it with the config that it was '
+        'trained with.'
+    )
 
 
 def load_model(config: str, checkpoint: str) -> tuple[Config, Any]:

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import mmcv
 import mmpretrain
 import mmseg
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -133,15 +135,34 @@ def test_deployed_checkpoint_has_the_same_metric(segmentor, run, tmp_path):
 # --- What goes wrong ---------------------------------------------------------------
 
 
-def test_labels_beyond_the_classes(segmentor, run, tmp_path):
-    """With one class for the nuclei's two, through the real Runner."""
-    for command in (['train.py', NUCLEI], ['test.py', NUCLEI, last_checkpoint(segmentor)]):
+def test_labels_beyond_the_classes(segmentor, nuclei, run, tmp_path):
+    """The nuclei as class 3 of 2, through the real Runner."""
+    shutil.copytree(f'{nuclei}/ade', tmp_path / 'ade')
+    for path in tmp_path.glob('ade/annotations/*/nuclei.png'):
+        labels = mmcv.imread(str(path), flag='unchanged')
+        mmcv.imwrite(np.where(labels == 2, 3, labels), str(path))
+    for split, command in (
+        ('train', ['train.py', NUCLEI]),
+        ('test', ['test.py', NUCLEI, last_checkpoint(segmentor)]),
+    ):
         printed = run(
             'python', f'tools/{command[0]}', *command[1:], '--work-dir', tmp_path,
-            '--cfg-options', 'model.decode_head.num_classes=1', code=1,
+            '--cfg-options', f'{split}_dataloader.dataset.data_root={tmp_path}/ade', code=1,
         )  # fmt: skip
         assert re.search(r'annotations/(training|validation)/nuclei\.png has the labels', printed)
-        assert 'the model has 1 classes: valid are 0 to 0, and 255 for no class' in printed
+        assert 'the model has 2 classes: valid are 0 to 1, and 255 for no class' in printed
+
+
+def test_checkpoint_of_other_classes_is_refused(segmentor, run, tmp_path):
+    """MMEngine would test a random head."""
+    printed = run(
+        'python', 'tools/test.py', NUCLEI, last_checkpoint(segmentor), '--work-dir', tmp_path,
+        '--cfg-options', 'model.decode_head.num_classes=3', code=1,
+    )  # fmt: skip
+    assert (
+        '2 tensors have another shape there (first: decode_head.conv_seg.weight, '
+        '(2, 128, 1, 1) instead of (3, 128, 1, 1))'
+    ) in printed
 
 
 def test_checkpoint_of_another_task_is_refused(segmentor, run, tmp_path):
