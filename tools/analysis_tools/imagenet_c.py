@@ -14,7 +14,6 @@ with the four extra ones, it is what the LSKA paper's script computes.
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,14 @@ from mmengine.config import Config
 from mmengine.runner import TestLoop
 
 from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import base_parser, build_runner, load_config, report_errors
+from lska_mm.files import WholeFileBackend
+from lska_mm.launch import (
+    base_parser,
+    build_runner,
+    check_weights,
+    load_config,
+    report_errors,
+)
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -87,13 +93,6 @@ def load_results(path: Path, checkpoint: str) -> dict:
     return results
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file at once: a killed process leaves the old or the new one."""
-    part = path.with_suffix('.part')
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def test_folder(runner, cfg: Config, folder: Path) -> float:
     """Top-1 in per cent on one folder of classes."""
     dataloader = cfg.test_dataloader.copy()
@@ -151,17 +150,19 @@ def main() -> None:
     results = load_results(out / 'imagenet_c.json', args.checkpoint)
 
     runner = build_runner(cfg)
+    check_weights(runner.model, args.checkpoint)
+    write = WholeFileBackend().put_text  # whole, whenever it is interrupted
     runner.call_hook('before_run')
     runner.load_or_resume()
     for corruption, severity in folders:
         done = results['top1'].setdefault(corruption, {})
         if severity not in done:
             done[severity] = test_folder(runner, cfg, args.root / corruption / severity)
-            write(out / 'imagenet_c.json', json.dumps(results, indent=1))
+            write(json.dumps(results, indent=1), out / 'imagenet_c.json')
         print(f'{corruption} {severity}: top-1 {done[severity]:.2f}', flush=True)
 
     table = make_table(results['top1'])
-    write(out / 'imagenet_c.md', table)
+    write(table, out / 'imagenet_c.md')
     plot(results['top1'], out / 'imagenet_c.png')
     print(f'\n{table}\nwritten to {out}/imagenet_c.{{json,md,png}}')
 
