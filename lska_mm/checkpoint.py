@@ -209,16 +209,19 @@ def adapt_state_dict(backbone: 'LSKAVAN', state_dict: dict[str, Any], prefix: st
     expected = backbone.state_dict()
     problem = _compare(built, expected)
     if problem:
-        theirs = _signature(found)
+        theirs, ours = _signature(found), _signature(expected)
         names = ', '.join(list(offered)[:3]) or 'none'
         offer = (
             f'The weights are of {theirs}'
             if theirs
             else f'No LSKA-VAN among the {len(offered)} tensors offered (first: {names})'
         )
+        wanted = 'as this backbone is, but' if theirs == ours else f'this backbone is {ours}:'
+        tools = 'resize_kernel.py and van2lska.py in tools/model_converters do'
+        how = '' if theirs in (None, ours) else f' ({tools})'
         raise CheckpointError(
-            f'{offer}, this backbone is {_signature(expected)}: {problem}. '
-            'Nothing was loaded: change the backbone in the config, or the checkpoint.'
+            f'{offer}, {wanted} {problem}. '
+            f'Nothing was loaded: change the backbone in the config, or the checkpoint{how}.'
         )
     state_dict.update((prefix + key, value) for key, value in built.items())
 
@@ -250,7 +253,7 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
     kinds = {
         k: f'{found[k].dtype}, expected {expected[k].dtype}'
         for k in expected
-        if k in found and _kind(found[k]) != _kind(expected[k])
+        if k in found and not _is_of_kind(found[k], expected[k])
     }
     for key, dtypes in kinds.items():
         return f'{len(kinds)} tensors hold another kind of numbers (first: {key}, found {dtypes})'
@@ -265,6 +268,8 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
     return None
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    """Floating-point, complex or neither."""
-    return tensor.is_floating_point(), tensor.is_complex()
+def _is_of_kind(found: Tensor, expected: Tensor) -> bool:
+    """Whether both are real, or counts: those may have been through half precision."""
+    if expected.is_floating_point() or found.is_complex():
+        return found.is_floating_point() and expected.is_floating_point()
+    return bool((found == found.long()).all())
