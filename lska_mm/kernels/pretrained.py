@@ -26,7 +26,8 @@ class ResizedPretrained:
             type='ResizedPretrained', checkpoint='pretrained/lska-van-tiny_k23_in1k.pth'))
 
     Args:
-        checkpoint: File or URL of the weights, in any layout.
+        checkpoint: File or URL of the weights, in any layout; a config that names
+            weights already, in the ``init_cfg`` that it inherits, need not repeat it.
         nearest: Take the nearest kernels where they cannot be the same function,
             see `resize_kernels`.
 
@@ -34,9 +35,15 @@ class ResizedPretrained:
         CheckpointError: See `resize_kernels`; if the weights differ from the
             backbone in more than the kernel size.
         TypeError: If it is the ``init_cfg`` of another module than an `LSKAVAN`.
+        ValueError: If there is no ``checkpoint``.
     """
 
-    def __init__(self, checkpoint: str, nearest: bool = False):
+    def __init__(self, checkpoint: str | None = None, nearest: bool = False):
+        if not checkpoint:
+            raise ValueError(
+                'ResizedPretrained needs checkpoint=..., a file with the weights: the config that '
+                'is inherited names none in model.backbone.init_cfg.'
+            )
         self.checkpoint = checkpoint
         self.nearest = nearest
 
