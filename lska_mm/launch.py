@@ -52,6 +52,13 @@ def report_errors(*errors: type[Exception]) -> Callable[[Callable[[], None]], Ca
     return decorate
 
 
+def png(path: str) -> Path:
+    """The type of an argument that names a picture to write."""
+    if Path(path).suffix != '.png':
+        raise argparse.ArgumentTypeError(f'{path} does not end in .png')
+    return Path(path)
+
+
 def base_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that training and testing have in common."""
     parser = argparse.ArgumentParser(description=description)

@@ -26,6 +26,7 @@ import copy
 import ctypes
 import io
 import itertools
+import re
 import resource
 import statistics
 import sys
@@ -273,8 +274,10 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    height, width = text.split('x')
-    return int(height), int(width)
+    match = re.fullmatch(r'(\d+)x(\d+)', text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f'{text!r} is not HEIGHTxWIDTH, as 224x224')
+    return int(match[1]), int(match[2])
 
 
 @report_errors(BusyError, WideSpreadError)

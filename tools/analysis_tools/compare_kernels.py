@@ -188,7 +188,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-@report_errors(BusyError, ValueError, WideSpreadError)
+@report_errors(BusyError, OSError, ValueError, WideSpreadError)
 def main() -> None:
     parser = argparse.ArgumentParser(description='Compare gates and kernel sizes')
     parser.add_argument('--arch', default='tiny', choices=list(ARCHS))

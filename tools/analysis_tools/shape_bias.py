@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from lska_mm.launch import report_errors
+from lska_mm.launch import png, report_errors
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -95,8 +95,9 @@ def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:
     classes = sorted({name for by_class in models.values() for name in by_class}, reverse=True)
     figure, axis = plt.subplots(figsize=(7, 0.32 * len(classes) + 1.8), layout='constrained')
     for i, (model, by_class) in enumerate(models.items()):
+        below = 0.5 * ((i + 0.5) / len(models) - 0.5)  # so that none hides another
         points = [
-            (decisions.shape_bias, classes.index(name))
+            (decisions.shape_bias, classes.index(name) - below)
             for name, decisions in by_class.items()
             if decisions.shape_bias is not None
         ]
@@ -122,7 +123,7 @@ def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description='Shape bias of classifiers')
     parser.add_argument('csv', type=Path, nargs='+', help='files of ShapeBiasMetric')
-    parser.add_argument('--out', type=Path, required=True, help='file to write, .png')
+    parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     args = parser.parse_args()
     models = read(args.csv)
     args.out.parent.mkdir(parents=True, exist_ok=True)

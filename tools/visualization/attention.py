@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose
@@ -30,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 from erf import load_backbone, normalise
 from lska_mm import LSKA, LSKAVAN
 from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import report_errors
+from lska_mm.launch import png, report_errors
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -90,10 +91,12 @@ def read_image(cfg: Config, path: Path) -> Tensor:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If the config has no pipeline for tests.
+        ValueError: If the file is no image, or the config has no pipeline for tests.
     """
     if not path.is_file():
         raise FileNotFoundError(f'No image at {path}.')
+    if mmcv.imread(str(path)) is None:
+        raise ValueError(f'{path} is no image.')
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset:  # RepeatDataset and the like
         dataset = dataset['dataset']
@@ -122,11 +125,13 @@ def plot(image: Tensor, maps: list[GateMap], path: Path) -> None:
     grey = picture.mean(2) / 255
     relative = [gate.factor / gate.factor.mean() for gate in maps]
     highest = max(2.0, float(np.quantile(torch.cat([r.flatten() for r in relative]), 0.995)))
-    panel = np.array([3.0 * max(width / height, 0.6), 3.0])
+    panels, ratio = len(maps) + 1, max(width / height, 0.6)
+    columns = panels if ratio < 2 else 1  # a wide image above the next
+    rows, side = panels // columns, 3.0 if ratio < 2 else 9.0 / ratio
     figure, axes = plt.subplots(
-        1,
-        len(maps) + 1,
-        figsize=(panel[0] * (len(maps) + 1) + 0.9, panel[1] + 0.6),
+        rows,
+        columns,
+        figsize=(side * ratio * columns + 0.9, (side + 0.3) * rows + 0.3),
         layout='constrained',
     )
     axes[0].imshow(picture)
@@ -158,7 +163,7 @@ def draw(args: argparse.Namespace) -> list[GateMap]:
     cfg.merge_from_dict(args.cfg_options)
     backbone = load_backbone(cfg, args.checkpoint)
     if not isinstance(backbone, LSKAVAN):
-        raise ValueError(f'The backbone is {type(backbone).__name__}; only LSKAVAN has gates.')
+        raise ValueError(f'The backbone is {type(backbone).__name__}; drawn are gates of LSKAVAN.')
     image = read_image(cfg, args.image)
     maps = gate_maps(backbone.to(args.device), normalise(image[None], cfg).to(args.device),
                      args.block)  # fmt: skip
@@ -173,7 +178,7 @@ def main() -> None:
     parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('image', type=Path, help='an image')
-    parser.add_argument('--out', type=Path, required=True, help='file to write, .png')
+    parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     parser.add_argument('--block', type=int, default=-1,
                         help='of each stage, negative from the end')  # fmt: skip
     parser.add_argument('--device', default='cpu')

@@ -20,6 +20,7 @@ sides, and their shares of the image's area, are printed as a Markdown table.
 """
 
 import argparse
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import check_weights, report_errors
+from lska_mm.launch import check_weights, png, report_errors
 from lska_mm.loader import get_state_dict
 
 matplotlib.use('Agg')
@@ -91,13 +92,20 @@ def effective_receptive_field(backbone: nn.Module, images: Sequence[Tensor] | Te
 def _check_centre(image: torch.Size, last: torch.Size) -> None:
     """Whether point (H' // 2, W' // 2) of the map is over pixel (H // 2, W // 2)."""
     for size, cells in zip(image, last):
-        stride = -(-size // cells)
+        stride = _stride(size, cells)
         if cells // 2 * stride != size // 2:
             raise ValueError(
                 f'The last map of {size} pixels has {cells} points, and the middle one is over '
                 f'pixel {cells // 2 * stride}, not {size // 2}. Take a multiple of {2 * stride} '
                 'pixels.'
             )
+
+
+def _stride(size: int, cells: int) -> int:
+    """Of a map with so many points: a power of two where one fits, as of nearly all backbones."""
+    power = 2 ** round(math.log2(size / cells))
+    exact, rest = divmod(size, cells)
+    return exact if rest == 0 and -(-size // power) != cells else power
 
 
 class Square(NamedTuple):
@@ -193,6 +201,8 @@ def find_images(folder: Path, number: int) -> list[Path]:
     Raises:
         FileNotFoundError: If there is none.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f'No folder {folder}; --images is a folder of images.')
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise FileNotFoundError(f'No image ({" ".join(SUFFIXES)}) in {folder}.')
@@ -243,16 +253,21 @@ def plot(fields: list[Field], path: Path) -> None:
     """A panel a field, on a common scale, with the squares."""
     columns = min(len(fields), 4)
     rows = -(-len(fields) // columns)
+    titles = [textwrap.wrap(field.name, 38) for field in fields]
+    for title, field in zip(titles, fields):
+        kernel = f'kernel {field.kernel_size}, ' if field.kernel_size else ''
+        title.append(f'{kernel}{field.weights}')
+    lines = max(map(len, titles))
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(3.3 * columns + 1, 3.7 * rows + 0.4),
+        figsize=(3.3 * columns + 1, (3.4 + 0.17 * lines) * rows + 0.6),  # inches
         layout='constrained',
         squeeze=False,
     )
     for axis in axes.flat[len(fields) :]:
         axis.axis('off')
-    for axis, field in zip(axes.flat, fields):
+    for axis, field, title in zip(axes.flat, fields, titles):
         height, width = field.erf.shape
         top, left = -(height // 2) - 0.5, -(width // 2) - 0.5  # the centre is (0, 0)
         image = axis.imshow(
@@ -268,11 +283,10 @@ def plot(fields: list[Field], path: Path) -> None:
                 Rectangle((-radius, -radius), side, side, fill=False, color=colour, label=label)
             )
         axis.set(xlim=(left, left + width), ylim=(top + height, top))
-        kernel = f'kernel {field.kernel_size}, ' if field.kernel_size else ''
-        name = '\n'.join(textwrap.wrap(field.name, 38))
-        axis.set_title(f'{name}\n{kernel}{field.weights}', fontsize=9)
+        axis.set_title('\n'.join(title), fontsize=9)
         axis.tick_params(labelsize=8)
-    figure.supxlabel('pixels from the centre', fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel('pixels from the centre', fontsize=9)
     figure.colorbar(
         image, ax=axes, label='contribution / largest', extend='min', shrink=0.8, pad=0.01
     )
@@ -299,6 +313,11 @@ def measure(args: argparse.Namespace) -> list[Field]:
             cfg = Config.fromfile(config)
             cfg.merge_from_dict(args.cfg_options)
             if size is not None:
+                if cfg.model.backbone.type != 'LSKAVAN':
+                    raise ValueError(
+                        f'--kernel-sizes is for the backbone LSKAVAN, {config} has '
+                        f'{cfg.model.backbone.type}.'
+                    )
                 cfg.merge_from_dict({'model.backbone.kernel_size': size})
             torch.manual_seed(0)
             backbone = load_backbone(cfg, checkpoint[0] if checkpoint else None).to(args.device)
@@ -324,7 +343,7 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=256, help='side of the images, in pixels; '
                         'a multiple of twice the stride of the last map')  # fmt: skip
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--out', type=Path, required=True, help='file to write, .png')
+    parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
                         help='override settings of all configs: key=value')  # fmt: skip
     args = parser.parse_args()
