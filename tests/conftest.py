@@ -25,7 +25,8 @@ from lska_mm import LSKAVAN  # registers it too
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
-    'demo', 'tests/reference', 'tools/analysis_tools', 'tools/deployment', 'tools/visualization'
+    'demo', 'tests/reference', 'tools/analysis_tools', 'tools/dataset_converters',
+    'tools/deployment', 'tools/visualization',
 )  # fmt: skip
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 from build_state import build_image, build_state  # noqa: E402

@@ -3,15 +3,19 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import mmcv
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, METRICS, init_default_scope
 from torch import nn
 
 import attention
 import benchmark
 import compare_kernels
+import cue_conflict
 import erf
 import shape_bias
 from conftest import ROOT, SMALL, small
@@ -119,6 +123,14 @@ def test_centre_of_the_map_must_be_the_centre_of_the_image():
         erf.effective_receptive_field(small().eval(), torch.rand(1, 3, 24, 24))
 
 
+@pytest.mark.parametrize(
+    ('size', 'cells', 'stride'),
+    [(256, 8, 32), (240, 8, 32), (58, 2, 32), (200, 7, 32), (200, 6, 32), (224, 16, 14)],
+)
+def test_stride_of_a_map_whose_size_was_rounded(size, cells, stride):
+    assert erf._stride(size, cells) == stride
+
+
 def test_what_returns_no_map_is_refused():
     with pytest.raises(ValueError, match=r'The Flatten returns \(1, 12\), which is no map'):
         erf.effective_receptive_field(nn.Flatten(), torch.rand(1, 3, 2, 2))
@@ -160,7 +172,8 @@ def test_erf_of_several_kernel_sizes(main, files):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (['--images', 'nowhere'], 'erf.py: No image (.jpg'),
+        (['--images', 'nowhere'], 'erf.py: No folder nowhere; --images is a folder of images.'),
+        (['--images', str(ROOT / 'lska_mm')], 'erf.py: No image (.jpg'),
         (['--cfg-options', 'model.backbone.kernel_size=7'], 'kernel_size=11'),
         (['--size', '24'], 'erf.py: The last map of 24 pixels has 3 points'),
     ],
@@ -175,9 +188,28 @@ def test_erf_says_what_is_wrong(main, files, options, message):
     assert not (files / 'erf.png').exists()
 
 
+def test_kernel_sizes_are_for_lska(main, files):
+    code, printed = main(
+        erf, '--model', files / 'resnet.py', '--kernel-sizes', 7, 11,
+        '--images', files / 'images', '--size', 32, '--out', files / 'erf.png',
+    )  # fmt: skip
+    assert code == 1
+    assert '--kernel-sizes is for the backbone LSKAVAN' in printed
+    assert 'has ResNet.' in printed
+
+
+@pytest.mark.parametrize('out', ['folder', 'erf.jpg'])
+def test_pictures_are_png(out, main, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        main(erf, '--model', 'a.py', '--images', 'b', '--out', out)
+    assert f'argument --out: {out} does not end in .png' in capsys.readouterr().err
+
+
 def test_kernel_sizes_are_for_random_weights(main, files, capsys):
     with pytest.raises(SystemExit, match='2'):
-        main(erf, '--model', 'a.py', 'a.pth', '--kernel-sizes', 7, '--images', 'b', '--out', 'c')
+        main(
+            erf, '--model', 'a.py', 'a.pth', '--kernel-sizes', 7, '--images', 'b', '--out', 'c.png'
+        )
     assert '--kernel-sizes takes one --model, without a checkpoint' in capsys.readouterr().err
 
 
@@ -225,6 +257,21 @@ def test_attention_in_three_tasks(main, published_file, tmp_path, config, size):
     assert is_picture(out)
 
 
+def test_wide_images_are_drawn_one_above_the_other(tmp_path):
+    gates = [attention.GateMap(stage, 0, 7, torch.rand(4, 16)) for stage in (1, 2)]
+    attention.plot(torch.zeros(3, 64, 256), gates, tmp_path / 'wide.png')
+    height, width = mmcv.imread(str(tmp_path / 'wide.png')).shape[:2]
+    assert 0.5 < height / width < 1.2
+
+
+def test_what_is_no_image_is_named(main, published_file, tmp_path):
+    config = ROOT / 'demo/lska-van-tiny_digits.py'
+    out = tmp_path / 'out.png'
+    code, printed = main(attention, config, published_file, config, '--out', out)
+    assert code == 1
+    assert f'attention.py: {config} is no image.' in printed
+
+
 def test_only_lska_van_has_gates(main, files):
     from mmpretrain.models import ResNet
 
@@ -233,7 +280,7 @@ def test_only_lska_van_has_gates(main, files):
     words = [files / 'resnet.py', files / 'resnet.pth', 'x.png', '--out', files / 'x.png']
     code, printed = main(attention, *words)
     assert code == 1
-    assert 'attention.py: The backbone is ResNet; only LSKAVAN has gates.' in printed
+    assert 'attention.py: The backbone is ResNet; drawn are gates of LSKAVAN.' in printed
 
 
 # --- Kernels compared ----------------------------------------------------------------
@@ -329,3 +376,25 @@ def test_other_files_have_no_shape_bias(main, tmp_path, text, message):
     assert code == 1
     assert message in printed
     assert not (tmp_path / 'x.png').exists()
+
+
+def test_cue_conflict_has_what_its_config_wants(main, tmp_path):
+    code, printed = main(cue_conflict, '--out', tmp_path)
+    assert code == 0, printed
+    assert 'train: 1442 images of 10 classes\nval: 355 images of 10 classes' in printed
+    cfg = Config.fromfile(ROOT / 'demo/lska-van-tiny_cue-conflict.py')
+    init_default_scope(cfg.default_scope)
+    metric = METRICS.build(cfg.test_evaluator)
+
+    sets = {}
+    for split in ('train', 'val', 'test'):
+        config = {**cfg[f'{split}_dataloader'].dataset, 'data_root': str(tmp_path)}
+        sets[split] = DATASETS.build(config)
+    for split in ('train', 'val'):
+        for info in map(sets[split].get_data_info, range(len(sets[split]))):
+            name = Path(info['img_path']).parent.name
+            assert info['gt_label'] in getattr(metric, f'{name}_indices')  # counted as that
+    assert len(sets['test']) == len(sets['val'])
+    for path in tmp_path.glob('conflict/*/*.png'):
+        assert path.name.startswith(path.parent.name)
+        assert shape_bias.texture(path.name) in set(cue_conflict.CLASSES) - {path.parent.name}
