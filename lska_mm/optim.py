@@ -92,6 +92,7 @@ class AutocastOptimWrapper(OptimWrapper):
 
         Raises:
             TypeError: If the model has an operator without this type.
+            RuntimeError: PyTorch's own, where it has no mixed precision in it.
         """
         if get_device() == 'cpu' and hasattr(getattr(model, 'module', model), 'roi_head'):
             raise TypeError(
