@@ -85,6 +85,7 @@ class SeededBatches(BatchSampler):
         epoch: int = 0,
     ) -> None:
         self.sampler = sampler
+        self.batch_size = batch_size  # FlexibleRunner asks for it
         if batch_sampler is None:
             self.batches = BatchSampler(sampler, batch_size, drop_last)
         else:

@@ -5,11 +5,13 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from torch import distributed as dist
@@ -18,6 +20,14 @@ from torch.distributed.nn.functional import all_reduce
 
 BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 5.0  # seconds without one: the rank is lost
+# MMEngine's 'full', but that offloads to the CPU: PyTorch frees, then reads, what is there.
+FULL_STATE_DICT = dict(
+    state_dict_type='FULL_STATE_DICT',
+    state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
+    optim_state_dict_config=dict(
+        type='FullOptimStateDictConfig', rank0_only=True, offload_to_cpu=False
+    ),
+)
 TIMEOUT = 1800  # of a collective, in seconds, where the config names none: PyTorch's own
 
 
@@ -77,14 +87,49 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(module, device_ids=None, **kwargs)
 
 
-def init_cpu(cfg: Config) -> None:
-    """Make a process group of gloo, and wrappers for models that need no GPU.
+# --- The process group --------------------------------------------------------------
 
-    The timeout of a collective is MMEngine's, `env_cfg.dist_cfg.timeout` in
-    seconds. A wrapper or a strategy of the config keeps what it says.
+
+def init(cfg: Config) -> None:
+    """Make the process group that torchrun started this process for, where MMEngine cannot.
+
+    Without a GPU it is of gloo, with wrappers for models that need no device: MMEngine
+    would set a CUDA device and hand its number to DDP. With one it is MMEngine's own but
+    after a restart, see `connect`. The timeout of a collective is MMEngine's,
+    `env_cfg.dist_cfg.timeout` in seconds; a wrapper or a strategy of the config keeps
+    what it says.
     """
-    timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', TIMEOUT)
-    dist.init_process_group('gloo', timeout=timedelta(seconds=timeout))
+    settings = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    if get_device() == 'cpu':
+        _init_group('gloo', settings)
+        _wrap_for_cpu(cfg)
+    elif get_device() == 'cuda' and os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        _init_group(settings.get('backend', 'nccl'), settings)
+
+
+def connect() -> dist.Store:
+    """A connection to the store that the ranks met in, for keys of this attempt alone.
+
+    The store is part of `torchrun` on the host of rank 0, at MASTER_ADDR and
+    MASTER_PORT. It outlives the processes that torchrun starts anew, and PyTorch
+    from 2.4 on would look for the others where they were before.
+    """
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    return dist.PrefixStore(f'lska_mm/{attempt}', dist.TCPStore(address, port, is_master=False))
+
+
+def _init_group(backend: str, settings: Mapping[str, Any]) -> None:
+    place: dict[str, Any] = {}
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        place = dict(store=connect(), rank=rank, world_size=world_size)
+    timeout = timedelta(seconds=settings.get('timeout', TIMEOUT))
+    dist.init_process_group(backend, timeout=timeout, **place)
+
+
+def _wrap_for_cpu(cfg: Config) -> None:
     data_parallel = dict(
         type='CPUDistributedDataParallel',
         broadcast_buffers=False,
@@ -95,8 +140,10 @@ def init_cpu(cfg: Config) -> None:
         return
     strategy = cfg.setdefault('strategy', dict(type='DDPStrategy'))
     if strategy.type == 'FSDPStrategy':
-        wrapper = strategy.setdefault('model_wrapper', dict(type='MMFullyShardedDataParallel'))
-        wrapper.setdefault('device_id', 'cpu')
+        strategy.setdefault('model_wrapper', dict(type='MMFullyShardedDataParallel'))
+        strategy.model_wrapper.setdefault('device_id', 'cpu')
+        if strategy.get('state_dict_cfg') == 'full':
+            strategy.state_dict_cfg = FULL_STATE_DICT
     else:
         strategy.setdefault('model_wrapper', data_parallel)
 
@@ -107,16 +154,12 @@ def init_cpu(cfg: Config) -> None:
 class Pulse:
     """A sign of life each second, in the store that the ranks met in.
 
-    The store is part of `torchrun` on the host of rank 0, at MASTER_ADDR and
-    MASTER_PORT. A connection of its own waits for nothing else.
+    A connection of its own waits for nothing else.
     """
 
     def __init__(self) -> None:
-        self.host, self.port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        store = dist.TCPStore(self.host, self.port, is_master=False)
-        self.store = dist.PrefixStore(f'lska_mm/{attempt}', store)
+        self.store = connect()
         self.verdict = ''  # of the rank that was the first to look
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -151,7 +194,8 @@ class Pulse:
         if self.verdict:
             return self.verdict
         if len(seen) < 2:
-            return f'the host of rank 0 does not answer (MASTER_ADDR {self.host}:{self.port})'
+            address = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+            return f'the host of rank 0 does not answer (MASTER_ADDR {address})'
         lost = [i for i, (before, after) in enumerate(zip(*seen)) if before == after]
         names = ', '.join(str(rank) for rank in lost if rank != self.rank)
         verdict = f'rank {names} of {self.world} shows no sign of life' if names else ''

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
-from mmengine.device import get_device
 from mmengine.dist import get_backend, is_distributed
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 
+from . import distributed
 from .checkpoint import CheckpointError, convert_key, summarize
-from .distributed import init_cpu, start_pulse
 from .loader import get_state_dict
 from .resume import find_checkpoint, read_meta
 
@@ -279,14 +278,12 @@ def guard_data(
 def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
     """Build the Runner of a training that can be interrupted, or of a test.
 
-    Several processes without a GPU talk through gloo.
-
     Args:
         cfg: A config of any of the three toolboxes.
         position: Where a training goes on, see `resume`.
     """
-    if cfg.launcher == 'pytorch' and get_device() == 'cpu' and not is_distributed():
-        init_cpu(cfg)  # MMEngine would set a CUDA device and hand its number to DDP
+    if cfg.launcher == 'pytorch' and not is_distributed():
+        distributed.init(cfg)
     checkpoints = cfg.get('default_hooks', {}).get('checkpoint')
     if checkpoints and checkpoints.type == 'CheckpointHook':
         checkpoints.type = 'WholeCheckpointHook'
@@ -297,7 +294,7 @@ def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
     for hook in ('ExactResumeHook', 'BadImagesHook', 'NonFiniteHook', 'SaveOnSignalHook'):
         runner.register_hook(dict(type=hook))
     if runner.distributed:
-        start_pulse()
+        distributed.start_pulse()
         runner.logger.info(
             f'Distributed: world size {runner.world_size}, '
             f'rank {runner.rank}, backend {get_backend()}'

@@ -274,13 +274,17 @@ FLEXIBLE = ['runner_type=FlexibleRunner']
 FSDP = [*FLEXIBLE, 'strategy.type=FSDPStrategy', 'strategy.state_dict_cfg=full']
 
 
-@pytest.mark.soak
+DDP = [*FLEXIBLE, 'strategy.type=DDPStrategy', 'strategy.sync_bn=torch']
+
+
 @pytest.mark.parametrize(
     ('name', 'options'),
     [
-        ('ddp', ['randomness.seed=0']),
-        ('accumulated', ['optim_wrapper.accumulative_counts=3']),
-        ('flexible', [*FLEXIBLE, 'strategy.type=DDPStrategy', 'strategy.sync_bn=torch']),
+        pytest.param('ddp', ['randomness.seed=0'], marks=pytest.mark.soak),
+        pytest.param(
+            'accumulated', ['optim_wrapper.accumulative_counts=3'], marks=pytest.mark.soak
+        ),
+        pytest.param('flexible', DDP, marks=pytest.mark.soak),
         ('fsdp', [*FSDP, 'sync_bn=None']),
     ],
 )
