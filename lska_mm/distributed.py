@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import inspect
 import os
 import threading
 import time
@@ -10,12 +11,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from mmengine._strategy import FSDPStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import MODEL_WRAPPERS
+from mmengine.registry import MODEL_WRAPPERS, STRATEGIES
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.nn.functional import all_reduce
 
 BEAT = 1.0  # seconds between two signs of life
@@ -87,6 +90,22 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(module, device_ids=None, **kwargs)
 
 
+@STRATEGIES.register_module()
+class ResumableFSDPStrategy(FSDPStrategy):
+    """MMEngine's FSDPStrategy, which can go on from its own checkpoints.
+
+    MMEngine gives PyTorch the state of the optimizer in the place of the model, as was
+    right before PyTorch 2.1.
+    """
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        """Load the state of the optimizer."""
+        sharded = FullyShardedDataParallel.optim_state_dict_to_load(
+            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict
+        )
+        self.optim_wrapper.load_state_dict(sharded)
+
+
 # --- The process group --------------------------------------------------------------
 
 
@@ -140,6 +159,10 @@ def _wrap_for_cpu(cfg: Config) -> None:
         return
     strategy = cfg.setdefault('strategy', dict(type='DDPStrategy'))
     if strategy.type == 'FSDPStrategy':
+        if not inspect.signature(torch.cpu.Stream).parameters:
+            raise RuntimeError(
+                f'FSDP of PyTorch {torch.__version__} needs GPUs; take DDP, or a newer PyTorch.'
+            )
         strategy.setdefault('model_wrapper', dict(type='MMFullyShardedDataParallel'))
         strategy.model_wrapper.setdefault('device_id', 'cpu')
         if strategy.get('state_dict_cfg') == 'full':

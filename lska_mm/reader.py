@@ -94,6 +94,13 @@ def _parameter(data: Tensor, requires_grad: bool = True, hooks: Any = None) -> n
     return nn.Parameter(data, requires_grad)
 
 
+def _without_attributes(rebuild: _Call, kind: Any, args: tuple, attributes: Any) -> Tensor:
+    """A tensor that had attributes of its own, as FSDP leaves them."""
+    if not isinstance(rebuild, _Call) or rebuild.function is not _tensor or kind is not Tensor:
+        raise RefusedError('a tensor of a class of its own')
+    return _tensor(*args)
+
+
 class _Dtype:
     """A dtype of NumPy; its own ``__setstate__`` can alter what all arrays share."""
 
@@ -140,6 +147,7 @@ _NAMES: dict[str, Any] = {
     'argparse.Namespace': argparse.Namespace,
     'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
     'numpy.ndarray': np.ndarray,
+    'torch.Tensor': Tensor,
     'torch.storage.UntypedStorage': torch.uint8,
     **{f'torch.{name}Storage': dtype for name, dtype in _STORAGES.items()},
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
@@ -160,6 +168,7 @@ _NAMES: dict[str, Any] = {
     'numpy.multiarray.scalar': _Call(_scalar),
     'torch.Size': _Call(torch.Size),
     'torch.device': _Call(torch.device),
+    'torch._tensor._rebuild_from_type_v2': _Call(_without_attributes),
     'torch._utils._rebuild_parameter': _Call(_parameter),
     'torch._utils._rebuild_tensor': _Call(_tensor),
     'torch._utils._rebuild_tensor_v2': _Call(_tensor),

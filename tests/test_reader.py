@@ -89,8 +89,11 @@ def same(a, b):
 @pytest.mark.parametrize('zipped', [True, False])
 def test_reads_what_torch_reads(tmp_path, zipped):
     data = torch.arange(12.0)
+    attributed = torch.ones(2)
+    attributed.mark = True  # as FSDP does
     content = dict(
         checkpoint(),
+        attributed=attributed,
         tensors=[data[2:8].view(2, 3).t(), data, torch.zeros(0, 3), torch.tensor(True)],
         types=[
             torch.ones(2, dtype=kind) for kind in (torch.bfloat16, torch.int8, torch.complex64)
@@ -257,6 +260,12 @@ F8 = call('numpy.dtype', op('f8'), op(False), op(True))
 ARRAY = call('numpy.core.multiarray._reconstruct', name('numpy.ndarray'), op((0,)), op('b'))
 HISTORY = name('mmengine.logging.history_buffer.HistoryBuffer')
 
+
+def attributed(function, kind, *args):
+    args = b'(' + b''.join(args) + b't'
+    return call('torch._tensor._rebuild_from_type_v2', name(function), name(kind), args, op({}))
+
+
 # The instructions of a pickle, and what the error says; None if it is read in peace.
 PICKLES = {
     'a storage of 10**15 numbers': (tensor(10**15, (10**15,)), 'storage 0 has 16 bytes'),
@@ -295,6 +304,21 @@ PICKLES = {
     'a long string that is not there': (b'\x8d' + (10**15).to_bytes(8, 'little') + b'x', '.'),
     'a bytearray that is not there': (b'\x96' + (10**12).to_bytes(8, 'little'), 'instruction 150'),
     'an extension': (b'\x82\x01', 'no instruction 130'),
+    'a class that is called as a tensor': (
+        attributed('os.system', 'torch.Tensor', op('x')), 'os.system',
+    ),
+    'a function that is called as a tensor': (
+        attributed('builtins.set', 'torch.Tensor', NESTED), 'a class of its own',
+    ),
+    'a type that is called as a tensor': (
+        attributed('torch.Tensor', 'torch.Tensor', op(10**12)), 'a class of its own',
+    ),
+    'a tensor of another class': (
+        attributed('torch._utils._rebuild_tensor_v2', 'builtins.dict'), 'a class of its own',
+    ),
+    'a class of tensors that is called': (
+        call('torch.Tensor', op(10**12)), '_TensorMeta out of place',
+    ),
     'a method of a tensor': (tensor(4, (4,)) + op((1,)) + b'b', 'Tensor out of place'),
     'a changed tensor': (tensor(4, (4,)) + op(0) + op(1) + b's', 'Tensor out of place'),
     'a new string': (name('builtins.str') + NESTED + b'\x85\x81', 'a new object of another type'),
