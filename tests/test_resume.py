@@ -33,13 +33,17 @@ class Interrupt(Hook):
 
     def __init__(self, step):
         self.step = step
+        self.others = set(multiprocessing.active_children())  # of tests before
+
+    def workers(self):
+        return {str(child.pid) for child in set(multiprocessing.active_children()) - self.others}
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter + 1 == self.step:
-            workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+            workers = self.workers()
             subprocess.run(['kill', *workers, str(os.getpid())], check=True)
             time.sleep(0.5)
-            assert [str(worker.pid) for worker in multiprocessing.active_children()] == workers
+            assert self.workers() == workers
 
 
 def assert_same(ours, theirs):
