@@ -20,7 +20,7 @@ from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from . import distributed
 from .checkpoint import CheckpointError, convert_key, summarize
 from .loader import get_state_dict
-from .resume import find_checkpoint, read_meta
+from .resume import find_checkpoint, read_meta, worker_context
 
 SPLITS = ('train', 'val', 'test')
 
@@ -265,6 +265,8 @@ def guard_data(
         loader.setdefault(
             'worker_init_fn', dict(type='pass_over_sigterm', disable_subprocess_warning=quiet)
         )
+        if loader.get('num_workers'):
+            loader.setdefault('multiprocessing_context', worker_context())
         if split == 'train':
             loader['dataset']['max_bad_images'] = max_bad_images
             loader['batch_sampler'] = dict(

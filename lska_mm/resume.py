@@ -7,12 +7,15 @@ one that was never interrupted.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import warnings
 from collections import deque
+from copy import copy
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +169,28 @@ class WholeCheckpointHook(CheckpointHook):
                     self.file_backend.rmtree(path)
                 elif self.file_backend.exists(path):
                     self.file_backend.remove(path)
+
+
+def worker_context() -> BaseContext | None:
+    """What starts workers that no SIGTERM ends before `pass_over_sigterm` runs in them.
+
+    None where they are not forked, or the system does not say who sent a signal
+    (macOS, Windows).
+    """
+    if not hasattr(signal, 'sigwaitinfo') or multiprocessing.get_start_method() != 'fork':
+        return None
+    context = copy(multiprocessing.get_context('fork'))
+
+    class Worker(context.Process):  # type: ignore[name-defined]
+        def start(self) -> None:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    context.Process = Worker  # type: ignore[misc]
+    return context
 
 
 @FUNCTIONS.register_module()

@@ -19,7 +19,7 @@ from mmengine.hooks import Hook
 from conftest import ROOT
 from lska_mm.checkpoint import CheckpointError
 from lska_mm.launch import resume
-from lska_mm.resume import EXIT_CODE, find_checkpoint
+from lska_mm.resume import EXIT_CODE, find_checkpoint, worker_context
 from trainings import STEPS, classifier, segmentor, train
 
 
@@ -80,6 +80,15 @@ def test_sigterm_saves_and_training_goes_on_exactly(build, nuclei, tmp_path):
     assert Path(parts.load_from).name == 'interrupted.pth'
     signal.signal(signal.SIGTERM, handler)
     assert_same(*(tmp_path / run / f'iter_{STEPS}.pth' for run in ('whole', 'parts')))
+
+
+def test_a_worker_that_has_just_been_started_passes_over_sigterm():
+    worker = worker_context().Process(target=time.sleep, args=(0.5,))
+    worker.start()
+    subprocess.run(['kill', str(worker.pid)], check=True)
+    worker.join()
+    assert worker.exitcode == 0
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 # --- Killed --------------------------------------------------------------------
