@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from lska_mm.distributed import connect
 
 HOSTS = ('10.77.0.1', '10.77.0.2')
 CONFIG = """
@@ -251,6 +252,18 @@ def test_the_cable_is_cut(network, job, expected):
     assert 'Rank 1 stops: the host of rank 0 does not answer' in job.printed('cut', 1)
     wait(network.start(job, 'cut', '--resume'), job, 'cut')
     assert difference(job, 'cut', expected) < 1e-4
+
+
+def test_an_attempt_does_not_see_keys_of_the_one_before(monkeypatch):
+    """In the store that torchrun keeps between them."""
+    server = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True)
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    monkeypatch.setenv('MASTER_PORT', str(server.port))
+    stores = []
+    for attempt in ('0', '1'):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', attempt)
+        stores.append(connect())
+    assert [store.add('key', 1) for store in stores] == [1, 1]
 
 
 @pytest.mark.soak
