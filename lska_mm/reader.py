@@ -29,6 +29,7 @@ from torch import Tensor, nn
 # Of one pickle. An instruction makes an object of 216 bytes at most; a tensor takes
 # a few dozen of them.
 MAX_OPCODES = 1_000_000
+MAX_COPIES = 4  # of each byte: a text becomes bytes, and those an array of NumPy
 
 # How files before torch 1.6 begin.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -212,7 +213,7 @@ class _Unpickler(_PythonUnpickler):
     def __init__(self, file: Any, size: int, read_storage: Callable | None = None):
         super().__init__(file, encoding='utf-8')
         self.dispatch = _Opcodes(self.dispatch)
-        self.spare = size
+        self.spare = MAX_COPIES * size
         self.read_storage = read_storage
         self.storages: dict[str, Tensor] = {}
 
@@ -275,7 +276,7 @@ class _Unpickler(_PythonUnpickler):
         super().load_build()
 
     def _spend(self, args: Iterable) -> None:
-        """Count what is copied: all of it stands in the file, once."""
+        """Count what is copied: all of it stands in the file."""
         sized = (str, bytes, list, tuple, dict, set, frozenset, deque)
         self.spare -= sum(len(arg) for arg in args if isinstance(arg, sized))
         if self.spare < 0:

@@ -470,7 +470,8 @@ def test_getattr_reaches_nothing_but_the_logs(tmp_path):
 def test_what_training_writes_can_be_read(tmp_path):
     import numpy as np
 
-    buffer = HistoryBuffer([1, 2], [1, 1])
+    # The log of a long training is most of what is pickled.
+    buffer = HistoryBuffer(np.random.default_rng(0).random(20_000), np.ones(20_000))
     content = dict(
         message_hub=dict(log_scalars={'loss': buffer}, runtime_info={'x': np.float64(0.5)}),
         param_schedulers=[dict(milestones=collections.Counter([8, 11]))],
