@@ -10,10 +10,10 @@ from soak import growth
 from trainings import segmentor
 
 
-def soak(run, nuclei, tmp_path, minutes, *arguments):
+def soak(run, nuclei, tmp_path, minutes, *arguments, val_interval=20, save_interval=50):
     cfg = segmentor(nuclei, tmp_path)
-    cfg.train_cfg.val_interval = 20
-    cfg.default_hooks.checkpoint.interval = 50
+    cfg.train_cfg.val_interval = val_interval
+    cfg.default_hooks.checkpoint.interval = save_interval
     cfg.dump(tmp_path / 'config.py')
     return run(
         'python', 'tools/analysis_tools/soak.py', tmp_path / 'config.py', '--minutes', minutes,
@@ -23,7 +23,8 @@ def soak(run, nuclei, tmp_path, minutes, *arguments):
 
 def test_a_short_soak(run, nuclei, tmp_path):
     """Too short for a judgement on memory, but not on what is left over."""
-    printed = soak(run, nuclei, tmp_path, 0.2, '--runners', 2, '--interval', 0.5, '--limit', 200)
+    short = ['--runners', 2, '--interval', 0.5, '--limit', 200]
+    printed = soak(run, nuclei, tmp_path, 0.2, *short, val_interval=3, save_interval=4)
     assert 'soak: 0 zombies, 0 workers that outlived their Runner' in printed
     assert (tmp_path / 'out/soak.png').stat().st_size > 10_000
     with (tmp_path / 'out/soak.csv').open() as file:
