@@ -90,9 +90,9 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(module, device_ids=None, **kwargs)
 
 
-@STRATEGIES.register_module()
+@STRATEGIES.register_module(name='FSDPStrategy', force=True)
 class ResumableFSDPStrategy(FSDPStrategy):
-    """MMEngine's FSDPStrategy, which can go on from its own checkpoints.
+    """MMEngine's FSDPStrategy, in its place, which can go on from its own checkpoints.
 
     MMEngine gives PyTorch the state of the optimizer in the place of the model, as was
     right before PyTorch 2.1.

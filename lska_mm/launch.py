@@ -289,8 +289,6 @@ def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
     checkpoints = cfg.get('default_hooks', {}).get('checkpoint')
     if checkpoints and checkpoints.type == 'CheckpointHook':
         checkpoints.type = 'WholeCheckpointHook'
-    if cfg.get('strategy', {}).get('type') == 'FSDPStrategy':
-        cfg.strategy.type = 'ResumableFSDPStrategy'
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     # The Runner's own, not yet built: the config is dumped as its author wrote it.
     loaders = {split: getattr(runner, f'_{split}_dataloader') for split in SPLITS}

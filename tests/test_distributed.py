@@ -284,10 +284,8 @@ def test_torchrun_restarts(job, expected):
 
 
 FLEXIBLE = ['runner_type=FlexibleRunner']
-FSDP = [*FLEXIBLE, 'strategy.type=FSDPStrategy', 'strategy.state_dict_cfg=full']
-
-
 DDP = [*FLEXIBLE, 'strategy.type=DDPStrategy', 'strategy.sync_bn=torch']
+FSDP = [*FLEXIBLE, 'strategy.type=FSDPStrategy', 'strategy.state_dict_cfg=full']
 
 
 @pytest.mark.parametrize(
