@@ -16,14 +16,13 @@ ImageNet that ShapeBiasMetric knows: what it counts are decisions between their 
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
-from sklearn.datasets import load_digits
 
+from digits import read_digits
 from lska_mm.files import WholeFileBackend
 from lska_mm.launch import report_errors
 
@@ -56,14 +55,10 @@ def draw(digit: np.ndarray, texture: int, rng: np.random.Generator) -> np.ndarra
 def convert(out: Path) -> None:
     """Write the three parts below ``out``; the same at each call."""
     rng = np.random.default_rng(0)
-    digits = load_digits()
     names = list(CLASSES)
-    seen: Counter[int] = Counter()
     lists: dict[str, list[str]] = dict(train=[], val=[])
-    for digit, label in zip(digits.images, digits.target):
-        number, name = seen[label], names[label]
-        seen[label] += 1
-        split = 'val' if number % 5 == 4 else 'train'  # as in digits.py
+    for digit, label, number, split in read_digits():
+        name = names[label]
         path = f'{split}/{name}/{number:03d}.png'
         mmcv.imwrite(draw(digit, label, rng), str(out / path))
         lists[split].append(f'{path} {CLASSES[name]}\n')
@@ -73,7 +68,7 @@ def convert(out: Path) -> None:
             mmcv.imwrite(draw(digit, texture, rng), str(out / path))
     for split, lines in lists.items():
         WholeFileBackend().put_text(''.join(lines), out / f'{split}.txt')
-        print(f'{split}: {len(lines)} images of {len(seen)} classes')
+        print(f'{split}: {len(lines)} images of {len(names)} classes')
     print(f'conflict: {len(lists["val"])} images\nwritten to {out}')
 
 

@@ -11,7 +11,9 @@ scikit-learn ships.
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import mmcv
 import numpy as np
@@ -20,20 +22,34 @@ from sklearn.datasets import load_digits
 from lska_mm.launch import report_errors
 
 
-def convert(out: Path) -> None:
-    """Write the data set below ``out``."""
+class Digit(NamedTuple):
+    """An image (8, 8) of 17 grey levels from 0 to 16; its number counts those of its label."""
+
+    image: np.ndarray
+    label: int
+    number: int
+    split: str
+
+
+def read_digits() -> Iterator[Digit]:
+    """All digits, every fifth of a label for validation."""
     digits = load_digits()
     seen: Counter[int] = Counter()
-    written: Counter[str] = Counter()
     for image, label in zip(digits.images, digits.target):
         number = seen[label]
         seen[label] += 1
-        split = 'val' if number % 5 == 4 else 'train'
-        pixels = np.round(image * (255 / 16)).astype(np.uint8)  # 17 grey levels
+        yield Digit(image, label, number, 'val' if number % 5 == 4 else 'train')
+
+
+def convert(out: Path) -> None:
+    """Write the data set below ``out``."""
+    written: dict[str, Counter[int]] = dict(train=Counter(), val=Counter())
+    for image, label, number, split in read_digits():
+        pixels = np.round(image * (255 / 16)).astype(np.uint8)
         mmcv.imwrite(pixels, str(out / split / str(label) / f'{number:03d}.png'))
-        written[split] += 1
-    for split, count in written.items():
-        print(f'{split}: {count} images of {len(seen)} classes')
+        written[split][label] += 1
+    for split, labels in written.items():
+        print(f'{split}: {labels.total()} images of {len(labels)} classes')
     print(f'written to {out}')
 
 
