@@ -313,10 +313,10 @@ def measure(args: argparse.Namespace) -> list[Field]:
             cfg = Config.fromfile(config)
             cfg.merge_from_dict(args.cfg_options)
             if size is not None:
-                if cfg.model.backbone.type != 'LSKAVAN':
+                name = cfg.get('model', {}).get('backbone', {}).get('type')
+                if name != 'LSKAVAN':
                     raise ValueError(
-                        f'--kernel-sizes is for the backbone LSKAVAN, {config} has '
-                        f'{cfg.model.backbone.type}.'
+                        f'--kernel-sizes is for the backbone LSKAVAN, {config} has {name}.'
                     )
                 cfg.merge_from_dict({'model.backbone.kernel_size': size})
             torch.manual_seed(0)
