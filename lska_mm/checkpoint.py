@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .models import LSKAVAN
@@ -179,6 +179,43 @@ def summarize(state_dict: Mapping[str, Any]) -> str:
     kind = next((kind for part, kind in _KINDS.items() if part in parts), 'a model')
     named = [_signature(state_dict) or part if part == 'backbone' else part for part in parts]
     return f'{kind} ({", ".join(sorted(named)) or "no tensors"})'
+
+
+# --- Into a model --------------------------------------------------------------
+
+
+def check_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any], source: str, allow_extra: bool = False
+) -> None:
+    """Compare tensors, in any layout, with the model that they are to be loaded into.
+
+    MMEngine loads what fits and warns about the rest, which would then be random.
+
+    Args:
+        model: Bare or wrapped.
+        state_dict: What is to be loaded.
+        source: The file that it is from.
+        allow_extra: Whether there may be tensors that the model does not have.
+
+    Raises:
+        CheckpointError: If the tensors are not those of the model; says what they are.
+    """
+    expected = {convert_key(key): value for key, value in model.state_dict().items()}
+    try:
+        found = convert_state_dict(state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f'{source}: {error}') from None
+    if allow_extra:
+        found = {key: value for key, value in found.items() if key in expected}
+    # FSDP gathers the tensors on one rank alone; on the others there is nothing to compare.
+    problem = _compare(found, expected) if expected else None
+    if problem:
+        while hasattr(model, 'module'):  # DDP, TTA
+            model = model.module  # type: ignore[assignment]
+        raise CheckpointError(
+            f'{source} cannot be loaded into the {type(model).__name__} of the config: '
+            f'{problem}. The file holds {summarize(state_dict)}.'
+        )
 
 
 # --- Into the backbone ---------------------------------------------------------

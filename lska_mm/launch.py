@@ -13,12 +13,11 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.dist import get_backend, is_distributed
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 
 from . import distributed
-from .checkpoint import CheckpointError, convert_key, summarize
+from .checkpoint import check_state_dict
 from .loader import get_state_dict
 from .resume import find_checkpoint, read_meta, worker_context
 
@@ -162,39 +161,11 @@ def _check_classes(dataset: dict, key: str) -> None:
 def check_weights(model: Any, path: str) -> None:
     """Compare a checkpoint with the model that it is to be tested in.
 
-    MMEngine loads what fits and warns about the rest, which would then be
-    tested with random weights.
-
     Raises:
-        CheckpointError: If tensors of the model are missing in the file, or have
-            another shape there; says what the file holds.
+        CheckpointError: If it does not hold the whole model, see `check_state_dict`.
     """
-    state_dict = get_state_dict(CheckpointLoader.load_checkpoint(path, map_location='cpu'))
-    while isinstance(model, BaseTTAModel) or is_model_wrapper(model):
-        model = model.module
-    held = {convert_key(key): getattr(value, 'shape', None) for key, value in state_dict.items()}
-    expected = {
-        key: value.shape
-        for key, value in model.state_dict().items()
-        if not key.endswith('num_batches_tracked')
-    }
-    missing = [key for key in expected if key not in held]
-    differing = [key for key in expected if key in held and held[key] != expected[key]]
-    if missing:
-        problem = f'lacks {len(missing)} tensors of the model (first: {missing[0]})'
-    elif differing:
-        key = differing[0]
-        problem = (
-            f'{len(differing)} tensors have another shape there (first: {key}, '
-            f'{tuple(held[key] or ())} instead of {tuple(expected[key])})'
-        )
-    else:
-        return
-    raise CheckpointError(
-        f'{path} is not of the {type(model).__name__} in the config: it holds '
-        f'{summarize(state_dict)}, and {problem}. Test it with the config that it was '
-        'trained with.'
-    )
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    check_state_dict(model, get_state_dict(checkpoint), path, allow_extra=True)
 
 
 def load_model(config: str, checkpoint: str) -> tuple[Config, Any]:

@@ -28,7 +28,7 @@ from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS, HOOKS
 from mmengine.runner import CheckpointLoader, IterBasedTrainLoop
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, check_state_dict
 from .data import seed_everything
 from .files import whole_file
 
@@ -87,7 +87,9 @@ def read_meta(file: str | Path) -> dict[str, Any]:
             '(strategy.state_dict_cfg=full) to go on exactly.'
         )
     checkpoint = CheckpointLoader.load_checkpoint(str(file), map_location='cpu')
-    missing = [key for key in ('meta', 'optimizer', 'message_hub') if key not in checkpoint]
+    missing = [
+        key for key in ('meta', 'state_dict', 'optimizer', 'message_hub') if key not in checkpoint
+    ]
     if missing:
         raise CheckpointError(
             f'{file}, which has no {" and no ".join(missing)}: training can start from such a '
@@ -105,6 +107,22 @@ class ExactResumeHook(Hook):
     """
 
     priority = 'VERY_HIGH'
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """See that training goes on with the model that the checkpoint is of.
+
+        Raises:
+            CheckpointError: See `check_state_dict`.
+        """
+        if not runner._resume:
+            return
+        try:
+            check_state_dict(runner.model, checkpoint['state_dict'], runner._load_from)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f'--resume: {error} Take the config that it was trained with, or train another '
+                'model from its weights: --cfg-options load_from=FILE, without --resume.'
+            ) from None
 
     def before_train(self, runner) -> None:
         """Keep MMEngine from reading again what was trained on before."""

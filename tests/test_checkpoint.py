@@ -13,7 +13,7 @@ from mmengine.runner import load_checkpoint
 
 from conftest import ROOT, published_state, small
 from lska_mm import LSKAVAN, load_from_local
-from lska_mm.checkpoint import CheckpointError, convert_state_dict, describe
+from lska_mm.checkpoint import CheckpointError, check_state_dict, convert_state_dict, describe
 
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 
@@ -388,6 +388,49 @@ def test_a_count_may_not_be_a_fraction():
     state = {k: v + 0.5 if 'num_batches' in k else v for k, v in small().state_dict().items()}
     with pytest.raises(CheckpointError, match=r'found torch\.float32, expected torch\.int64'):
         small().load_state_dict(state)
+
+
+# --- Whole models ---------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    """A backbone and a head, in a wrapper as DDP is one."""
+    parts = torch.nn.ModuleDict(dict(backbone=small(), head=torch.nn.Linear(8, 2)))
+    return torch.nn.ModuleDict(dict(module=parts))
+
+
+def test_the_tensors_of_a_model_may_be_loaded_into_it(model):
+    state = {
+        key.replace('module.backbone', 'module.module'): value.half()  # a published layout
+        for key, value in model.state_dict().items()
+    }
+    check_state_dict(model, state, 'w.pth')
+    check_state_dict(model, {**state, 'neck.weight': torch.ones(1)}, 'w.pth', allow_extra=True)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(neck=torch.ones(1)), r'1 tensors have no place \(first: neck\)'),
+        ({'head.bias': torch.ones(3)}, r'first: head.fc.bias, found \(3,\), expected \(2,\)'),
+        ({'head.bias': torch.ones(2).long()}, 'found torch.int64, expected torch.float32'),
+        ({'head.bias': torch.ones(2) / 0}, r'hold NaN or infinity \(first: head.fc.bias\)'),
+        ({'head.bias': [1, 2]}, r'1 of them are no tensors \(first: head.fc.bias\)'),
+    ],
+)
+def test_other_tensors_may_not(model, change, message):
+    with pytest.raises(
+        CheckpointError,
+        match=rf'^w.pth cannot be loaded into the ModuleDict of the config: .*{message}'
+        r'.*The file holds a classifier \(LSKAVAN\(arch',
+    ):
+        check_state_dict(model, {**model['module'].state_dict(), **change}, 'w.pth')
+
+
+def test_names_that_are_none_are_refused_with_the_file(model):
+    with pytest.raises(CheckpointError, match=r'^w.pth: The name of a tensor is 5, no text'):
+        check_state_dict(model, {5: torch.ones(1)}, 'w.pth', allow_extra=True)
 
 
 # --- Files ---------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_what_cannot_be_exported(checkpoint, monkeypatch, tmp_path):
 
     with pytest.raises(RuntimeError, match='add --backbone'):
         export(DETECTOR, detector)
-    with pytest.raises(RuntimeError, match='is not of the RetinaNet in the config'):
+    with pytest.raises(RuntimeError, match='cannot be loaded into the RetinaNet of the config'):
         export(DETECTOR, classifier, backbone=True)
     monkeypatch.setattr(export_onnx, 'TOLERANCE', -1)
     with pytest.raises(RuntimeError, match=r'other outputs than PyTorch for images of \(1, 3, 64'):

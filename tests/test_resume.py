@@ -183,7 +183,9 @@ def test_full_disk(tmp_path):
 
 
 def save(path, age, **more):
-    torch.save(dict(meta=dict(iter=age), optimizer={}, message_hub={}, **more), path)
+    torch.save(
+        dict(meta=dict(iter=age), state_dict={}, optimizer={}, message_hub={}, **more), path
+    )
     os.utime(path, ns=(age, age))
 
 
@@ -214,3 +216,19 @@ def test_the_last_checkpoint_may_lie_elsewhere(tmp_path):
 def test_resuming_from_weights_alone_is_refused(published_file):
     with pytest.raises(CheckpointError, match=r'has no meta and no optimizer.*load_from=FILE'):
         resume(Config(), str(published_file))
+
+
+def test_resuming_another_model_is_refused(nuclei, tmp_path):
+    """MMEngine would go on with a random head, up to the optimizer's error."""
+    cfg = segmentor(nuclei, tmp_path)
+    workers(cfg, 0)
+    cfg.train_cfg.max_iters = 2
+    train(cfg)
+    cfg.train_cfg.max_iters = 4
+    cfg.model.decode_head.num_classes = 3
+    with pytest.raises(
+        CheckpointError,
+        match=r'^--resume: \S+iter_2.pth cannot be loaded into the EncoderDecoder of the config: '
+        r'2 tensors differ in shape .*\. The file holds a segmentor .*load_from=FILE',
+    ):
+        train(cfg, resume(cfg, 'auto'))
