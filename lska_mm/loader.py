@@ -59,10 +59,10 @@ def load_from_local(path: str, map_location: Any = None) -> Any:
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f'No checkpoint at {path}. Put the weights there, or change the key that names '
-            'them: model.backbone.init_cfg.checkpoint (init_cfg=None starts from random '
-            'weights) or load_from. The configs take their weights from the folder '
-            'in the environment variable LSKA_PRETRAINED, "pretrained" if it is not set.'
+            f'No checkpoint at {path}. Put the weights there, or name others. In a config '
+            'model.backbone.init_cfg.checkpoint names them (init_cfg=None starts from random '
+            'weights), or load_from; ours look in the folder of the environment variable '
+            'LSKA_PRETRAINED, "pretrained" if it is not set.'
         )
     # Forced, torch reads by its own list of the harmless and takes no other.
     forced, trusted = _is_set(FORCE_VARIABLE), _is_set(TRUST_VARIABLE)

@@ -62,8 +62,8 @@ def split_kernel(kernel_size: int) -> KernelSplit:
         nearest = [k for k in valid if k < kernel_size][-1:]
         nearest += [k for k in valid if k > kernel_size][:1]
         raise ValueError(
-            f'kernel_size={kernel_size} cannot be split into two centred kernels; the nearest '
-            f'valid sizes are {" and ".join(map(str, nearest))} (published: 7, 11, 23, 35, 53).'
+            f'kernel_size={kernel_size} cannot be split into two centred kernels; nearest to it '
+            f'of those that can: {" and ".join(map(str, nearest))} (published: 7, 11, 23, 35, 53).'
         )
     return _split(kernel_size)
 
