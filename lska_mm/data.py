@@ -118,25 +118,35 @@ class GuardedDataset(Dataset):
 
     Args:
         dataset: Config of the other dataset.
-        max_bad_images: So many samples that cannot be read are each replaced
+        max_bad_images: So many images that cannot be read are each replaced
             by another one, drawn at random, with a warning; one more is an error.
 
     Raises:
-        DataError: If there is no sample, or a class is in no annotation file.
+        DataError: If there is no sample, no annotation to train on, or a class is
+            not in an annotation file.
+        ValueError: If ``max_bad_images`` is no number of images.
     """
 
-    _OWN = ('dataset', 'max_bad_images', 'bad', 'seen')
+    _OWN = ('dataset', 'max_bad_images', 'images', 'bad', 'seen')
 
     def __init__(self, dataset: dict, max_bad_images: int = 0) -> None:
+        if not isinstance(max_bad_images, int) or max_bad_images < 0:
+            raise ValueError(f'max_bad_images={max_bad_images!r} is no number of images.')
         try:
             self.dataset = DATASETS.build(dataset)
             if hasattr(self.dataset, 'full_init'):
                 self.dataset.full_init()
         except Exception as error:  # of any kind: what broke is the data
             raise DataError(f'No dataset from {_source(dataset)}: {_in_a_line(error)}') from error
-        _check_content(self.dataset, _source(dataset))
+        for part in _parts(self.dataset):
+            _check_content(part)
         self.max_bad_images = max_bad_images
-        # For all workers.
+        # The first index of each one's image, which wrappers may draw several times.
+        _, firsts, numbers = np.unique(
+            _images(self.dataset), return_index=True, return_inverse=True
+        )
+        self.images = firsts[numbers]
+        # Of these; for all workers.
         self.bad, self.seen = torch.zeros(2, len(self.dataset), dtype=torch.bool).share_memory_()
 
     def __getattr__(self, name: str) -> Any:
@@ -172,10 +182,10 @@ class GuardedDataset(Dataset):
                 return self.dataset[index]
             except Exception as error:  # of any kind: what broke is the data
                 message = f'{self.file_of(index)}: {_in_a_line(error)}'
-                if not self.bad[index]:
+                if not self.bad[self.images[index]]:
                     print_log(f'Cannot be used: {message}', 'current', logging.WARNING)
-                self.bad[index] = True
-                if self.bad.sum() > self.max_bad_images or self.bad.all():
+                self.bad[self.images[index]] = True
+                if self.bad.sum() > self.max_bad_images or self.bad[self.images].all():
                     raise DataError(
                         f'{message}. Mend or remove the file; or train with others in the '
                         'place of up to N such images: --cfg-options max_bad_images=N.'
@@ -186,12 +196,12 @@ class GuardedDataset(Dataset):
         """Polygons far outside a small image take pycocotools tens of GiB: look at it first."""
         info = self._info(index)
         path, noted = info.get('img_path') or '', (info.get('width'), info.get('height'))
-        if self.seen[index] or None in noted or not os.path.isfile(path):
+        if self.seen[self.images[index]] or None in noted or not os.path.isfile(path):
             return
         with Image.open(path) as image:
             if image.size not in (noted, noted[::-1]):  # a camera may have been turned
                 raise ValueError(f'{image.size} is its size, {noted} that of its annotations')
-        self.seen[index] = True
+        self.seen[self.images[index]] = True
 
     def _info(self, index: int) -> dict:
         describe = getattr(self.dataset, 'get_data_info', None)
@@ -208,29 +218,64 @@ def _in_a_line(error: Exception) -> str:
     return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
-def _source(dataset: dict) -> str:
-    """Where a config of a dataset has its data from."""
-    while 'dataset' in dataset:  # RepeatDataset and the like
-        dataset = dataset['dataset']
+def _source(dataset: Any) -> str:
+    """Where a dataset, or the config of one, has its data from."""
+    if isinstance(dataset, dict):
+        if 'dataset' in dataset:  # RepeatDataset and the like
+            return _source(dataset['dataset'])
+        if 'datasets' in dataset:  # ConcatDataset
+            return ', '.join(map(_source, dataset['datasets']))
+    else:
+        names = ('ann_file', 'data_prefix', 'split', 'data_root')
+        dataset = dict(
+            {name: getattr(dataset, name, None) for name in names}, type=type(dataset).__name__
+        )
     found = dataset.get('ann_file') or dataset.get('data_prefix') or dataset.get('split') or ''
     if isinstance(found, dict):
         found = ' and '.join(map(str, found.values()))
     return f'{dataset.get("type")} with {found} in {dataset.get("data_root") or "no data_root"}'
 
 
-def _check_content(dataset: Any, source: str) -> None:
+def _parts(dataset: Any) -> list[Any]:
+    """The datasets below RepeatDataset, ConcatDataset and the like."""
+    if hasattr(dataset, 'datasets'):
+        return [part for one in dataset.datasets for part in _parts(one)]
+    return _parts(dataset.dataset) if hasattr(dataset, 'dataset') else [dataset]
+
+
+def _images(dataset: Any) -> np.ndarray:
+    """A number of the image of each sample, the same where a wrapper repeats it."""
+    if hasattr(dataset, 'datasets'):
+        starts = np.cumsum([0, *map(len, dataset.datasets)])
+        parts = zip(dataset.datasets, starts)
+        return np.concatenate([_images(one) + start for one, start in parts])
+    numbers = np.arange(len(dataset))
+    if not hasattr(dataset, '_get_ori_dataset_idx'):
+        return numbers
+    return _images(dataset.dataset)[[dataset._get_ori_dataset_idx(i) for i in numbers]]
+
+
+def _check_content(dataset: Any) -> None:
     if not len(dataset):
         raise DataError(
-            f'No sample in {source}: it has no image, or images without annotations alone, '
-            'which training leaves out (filter_cfg).'
+            f'No sample in {_source(dataset)}: it has no image, or images without annotations '
+            'alone, which training leaves out (filter_cfg).'
         )
     classes = getattr(dataset, 'metainfo', {}).get('classes') or ()
     categories = getattr(dataset, 'cat_ids', classes)
     if len(categories) < len(classes):
         raise DataError(
-            f'{source} knows {len(categories)} of the {len(classes)} classes of the config, '
-            'and would number them otherwise. Name the same classes, in the order of the '
-            'file, in metainfo of the datasets.'
+            f'{_source(dataset)} knows {len(categories)} of the {len(classes)} classes of the '
+            'config, and would number them otherwise. Name the same classes, in the order of '
+            'the file, in metainfo of the datasets.'
+        )
+    if getattr(dataset, 'test_mode', True) or not hasattr(dataset, 'get_data_info'):
+        return
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    if not any(info.get('instances', True) for info in infos):
+        raise DataError(
+            f'No annotation in {_source(dataset)}: none of its {len(dataset)} images has an '
+            'instance of the classes to train on.'
         )
 
 
@@ -244,6 +289,6 @@ class BadImagesHook(Hook):
         bad = dataset.bad.nonzero().flatten().tolist()
         if bad:
             runner.logger.warning(
-                f'{len(bad)} of {len(dataset)} images could not be used and were replaced by '
-                f'others (first: {dataset.file_of(bad[0])}).'
+                f'{len(bad)} of {len(set(dataset.images))} images could not be used and were '
+                f'replaced by others (first: {dataset.file_of(bad[0])}).'
             )

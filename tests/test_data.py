@@ -10,7 +10,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
-from lska_mm.data import DataError
+from lska_mm.data import DataError, GuardedDataset
 from lska_mm.launch import guard_data
 from trainings import classifier, detector, segmentor, train
 
@@ -141,6 +141,30 @@ def test_a_run_survives_bad_images_if_asked(nuclei, tmp_path, capfd):
         train(cfg)
 
 
+def test_an_image_that_is_drawn_often_is_bad_once(tmp_path):
+    cfg = classifier(tmp_path, tmp_path / 'work')
+    (tmp_path / 'train/1/1.png').write_bytes(b'')
+    once = cfg.train_dataloader.dataset
+    twice = dict(type='ClassBalancedDataset', oversample_thr=0.5, dataset=once)
+    thrice = dict(type='RepeatDataset', times=3, dataset=once)
+    init_default_scope(cfg.default_scope)
+    dataset = GuardedDataset(dict(type='ConcatDataset', datasets=[twice, thrice]), 1)
+    assert len(dataset) > 5 * 30
+    assert len(set(dataset.images)) == 60  # the same folder twice
+    half = len(dataset.datasets[0])
+    samples = [dataset[i] for i in range(half, len(dataset))]
+    assert [dataset.file_of(i) for i in dataset.bad.nonzero()] == [f'{tmp_path}/train/1/1.png']
+    assert len(samples) == 3 * 30
+    with pytest.raises(DataError, match=r'1/1\.png'):
+        [dataset[i] for i in range(half)]
+
+
+@pytest.mark.parametrize('number', [-1, 'many', 0.5])
+def test_max_bad_images_is_a_number_of_images(number):
+    with pytest.raises(ValueError, match=f'max_bad_images={number!r} is no number of images'):
+        GuardedDataset({}, number)
+
+
 def test_a_broken_image_stops_a_validation(nuclei, tmp_path):
     """Never replaced: the metric would be of other images."""
     cfg = segmentor(shutil.copytree(nuclei, tmp_path / 'data'), tmp_path / 'work')
@@ -203,12 +227,23 @@ def test_an_invalid_mask_is_ignored(nuclei, tmp_path):
     assert load(cfg)
 
 
+WRAPPERS = {
+    'bare': lambda dataset: dataset,
+    'repeated': lambda dataset: dict(type='RepeatDataset', times=3, dataset=dataset),
+    'joined': lambda dataset: dict(type='ConcatDataset', datasets=[dataset]),
+}
+
+
+@pytest.mark.parametrize('wrap', WRAPPERS)
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
         (lambda content: first(content).update(segmentation=[]), r"nuclei\.png: KeyError: 'mask'"),
         (lambda content: content['annotations'].append(first(content)), 'are not unique'),
-        (lambda content: content.update(annotations=[]), 'Cannot find valid image after 1000'),
+        (
+            lambda content: content.update(annotations=[]),
+            'No annotation in .*none of its 1 images',
+        ),
         (lambda content: content.update(images=[]), 'No dataset from .*train.json'),
         (
             lambda content: content['categories'][0].update(name='cell'),
@@ -217,8 +252,9 @@ def test_an_invalid_mask_is_ignored(nuclei, tmp_path):
     ],
     ids=['empty mask', 'duplicate id', 'no annotation', 'no image', 'class not in file'],
 )
-def test_annotations_that_stop_a_training(nuclei, tmp_path, change, message):
+def test_annotations_that_stop_a_training(nuclei, tmp_path, change, message, wrap):
     cfg, path = changed(nuclei, tmp_path, change)
+    cfg.train_dataloader.dataset = WRAPPERS[wrap](cfg.train_dataloader.dataset)
     with pytest.raises(DataError, match=message) as error:
         load(cfg)
     named = 'annotations/train.json', str(path.parents[1])
