@@ -16,12 +16,12 @@ from mmengine.runner import CheckpointLoader
 from .configs import get_cfg_path
 from .data import BadImagesHook, GuardedDataset, SeededBatches
 from .files import WholeFileBackend
-from .hooks import CheckLabelsHook, NonFiniteHook
+from .hooks import CheckLabelsHook, CheckWeightsHook, NonFiniteHook
 from .kernels import ResizedPretrained
 from .loader import load_from_local, load_from_url
 from .models import LSKA, LSKAVAN, LSKANeck
 from .optim import AutocastOptimWrapper, LayerDecayOptimWrapperConstructor
-from .resume import ExactResumeHook, SaveOnSignalHook, WholeCheckpointHook
+from .resume import DueValidationHook, ExactResumeHook, SaveOnSignalHook, WholeCheckpointHook
 
 __version__ = '0.1.0'
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     'AutocastOptimWrapper',
     'BadImagesHook',
     'CheckLabelsHook',
+    'CheckWeightsHook',
+    'DueValidationHook',
     'ExactResumeHook',
     'GuardedDataset',
     'LSKANeck',

@@ -9,7 +9,25 @@ from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
+from .checkpoint import check_state_dict
 from .data import seed_everything
+from .loader import get_state_dict
+
+
+@HOOKS.register_module()
+class CheckWeightsHook(Hook):
+    """Refuses to test a checkpoint that does not hold the whole model.
+
+    Raises:
+        CheckpointError: See `lska_mm.checkpoint.check_state_dict`.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Compare it with the model, before MMEngine loads what fits."""
+        state_dict = get_state_dict(checkpoint)
+        check_state_dict(runner.model, state_dict, runner._load_from, allow_extra=True)
 
 
 @HOOKS.register_module()
@@ -36,13 +54,16 @@ class CheckLabelsHook(Hook):
         self._check(runner, data_batch)
 
     def _check(self, runner, data_batch) -> None:
+        head = _decode_head(runner.model)
+        if head is None:  # no segmentor
+            return
+        num_classes, ignore = head.num_classes, head.ignore_index
         samples = data_batch['data_samples']
         for sample in samples if isinstance(samples, Sequence) else [samples]:
             # Test-time augmentation has a list of views of an image here.
             sample = sample[0] if isinstance(sample, Sequence) else sample
             if 'gt_sem_seg' not in sample:
                 continue
-            num_classes, ignore = _labels_of(runner.model)
             labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= num_classes) & (labels != ignore)]
             if len(wrong):
@@ -59,14 +80,12 @@ class CheckLabelsHook(Hook):
                 )
 
 
-def _labels_of(model: Any) -> tuple[int, int]:
-    """How many classes a segmentor has, and the label that it ignores."""
+def _decode_head(model: Any) -> Any:
+    """The last head of a segmentor; None of another model."""
     while hasattr(model, 'module'):  # DDP, TTA
         model = model.module
-    head: Any = model.decode_head
-    if isinstance(head, torch.nn.ModuleList):  # a cascade
-        head = head[-1]
-    return head.num_classes, head.ignore_index
+    head = getattr(model, 'decode_head', None)
+    return head[-1] if isinstance(head, nn.ModuleList) else head  # several: a cascade
 
 
 class NonFiniteError(RuntimeError):
@@ -134,12 +153,12 @@ class NonFiniteHook(Hook):
 
 def _first_non_finite(named: Iterator[tuple[str, Tensor]] | Any) -> str | None:
     return next(
-        (name for name, value in named if value.is_floating_point() and not _is_finite(value)),
+        (name for name, value in named if value.is_floating_point() and not is_finite(value)),
         None,
     )
 
 
-def _is_finite(values: Any) -> bool:
+def is_finite(values: Any) -> bool:
     """Whether all tensors in nested containers are finite."""
     finite = True
 
@@ -162,7 +181,7 @@ def _trace(runner, batch: Any) -> str:
     def watch(name: str, module: nn.Module) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal culprit
-            if culprit is None and not _is_finite(output):
+            if culprit is None and not is_finite(output):
                 culprit = f'{name} ({type(module).__name__}), the first module with such values'
 
         return module.register_forward_hook(look)
@@ -177,6 +196,6 @@ def _trace(runner, batch: Any) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    names = [name for name, value in losses.items() if not _is_finite(value)]
+    names = [name for name, value in losses.items() if not is_finite(value)]
     origin = culprit or 'none of the modules: the loss functions themselves'
     return f'from {origin}; losses concerned: {", ".join(names) or "none this time"}'

@@ -22,6 +22,15 @@ from .loader import get_state_dict
 from .resume import find_checkpoint, read_meta, worker_context
 
 SPLITS = ('train', 'val', 'test')
+# Hooks of every Runner, in this order where they have the same priority.
+GUARDS = (
+    'ExactResumeHook',
+    'CheckLabelsHook',
+    'BadImagesHook',
+    'NonFiniteHook',
+    'SaveOnSignalHook',
+    'DueValidationHook',
+)
 
 
 def report_errors(*errors: type[Exception]) -> Callable[[Callable[[], None]], Callable[[], int]]:
@@ -264,8 +273,10 @@ def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
     # The Runner's own, not yet built: the config is dumped as its author wrote it.
     loaders = {split: getattr(runner, f'_{split}_dataloader') for split in SPLITS}
     guard_data(loaders, position or {}, cfg.get('max_bad_images', 0))
-    for hook in ('ExactResumeHook', 'BadImagesHook', 'NonFiniteHook', 'SaveOnSignalHook'):
-        runner.register_hook(dict(type=hook))
+    present = {type(hook).__name__ for hook in runner.hooks}
+    for hook in GUARDS:
+        if hook not in present:
+            runner.register_hook(dict(type=hook))
     if runner.distributed:
         distributed.start_pulse()
         runner.logger.info(

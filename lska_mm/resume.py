@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from copy import copy
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -26,11 +27,12 @@ from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS, HOOKS
-from mmengine.runner import CheckpointLoader, IterBasedTrainLoop
+from mmengine.runner import CheckpointLoader, IterBasedTrainLoop, Runner
 
 from .checkpoint import CheckpointError, check_state_dict
 from .data import seed_everything
 from .files import whole_file
+from .hooks import is_finite
 
 # What a process ends with when it was asked to go and saved everything before:
 # sysexits.h calls this code a failure after which one should try again.
@@ -41,7 +43,8 @@ def find_checkpoint(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
     """The newest checkpoint that training can go on from.
 
     Args:
-        work_dir: Of the training; its file ``last_checkpoint`` may lead elsewhere.
+        work_dir: Of the training. If no checkpoint is there, its file
+            ``last_checkpoint`` may lead elsewhere.
 
     Returns:
         The file and its ``meta``; None if there are no checkpoints.
@@ -49,23 +52,18 @@ def find_checkpoint(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
     Raises:
         CheckpointError: If there are checkpoints, and none can be read.
     """
-    folders = {Path(work_dir)}
+    files = _newest_first(work_dir)
     last = Path(work_dir, 'last_checkpoint')
     named = last.read_text().strip() if last.is_file() else ''
-    if named:
-        folders.add(Path(named).parent)
-    files = sorted(
-        (file for folder in folders for file in folder.glob('*.pth')),
-        key=lambda file: file.stat().st_mtime_ns,
-        reverse=True,
-    )
+    if named and not files:
+        files = _newest_first(Path(named).parent)
     problems = []
     for file in files:
         try:
             return str(file), read_meta(file)
         except CheckpointError as error:
             problems.append(f'{error}')
-            print_log(f'--resume passes over {error}', 'current', logging.WARNING)
+            print_log(f'--resume passes over a checkpoint. {error}', 'current', logging.WARNING)
     if problems:
         raise CheckpointError(
             f'--resume: {work_dir} has {len(files)} checkpoints, and none can be continued. '
@@ -73,6 +71,11 @@ def find_checkpoint(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
             'another --work-dir.'
         )
     return None
+
+
+def _newest_first(folder: str | Path) -> list[Path]:
+    files = Path(folder).glob('*.pth')
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
 def read_meta(file: str | Path) -> dict[str, Any]:
@@ -83,19 +86,25 @@ def read_meta(file: str | Path) -> dict[str, Any]:
     """
     if Path(file).is_dir():
         raise CheckpointError(
-            f'{file}, which is a folder of shards: save whole files '
+            f'{file} is a folder of shards: save whole files '
             '(strategy.state_dict_cfg=full) to go on exactly.'
         )
-    checkpoint = CheckpointLoader.load_checkpoint(str(file), map_location='cpu')
-    missing = [
-        key for key in ('meta', 'state_dict', 'optimizer', 'message_hub') if key not in checkpoint
-    ]
+    content = CheckpointLoader.load_checkpoint(str(file), map_location='cpu')
+    content = content if isinstance(content, Mapping) else {}
+    parts = ('meta', 'state_dict', 'optimizer', 'message_hub')
+    missing = [part for part in parts if not isinstance(content.get(part), Mapping)]
     if missing:
         raise CheckpointError(
-            f'{file}, which has no {" and no ".join(missing)}: training can start from such a '
+            f'{file} has no {" and no ".join(missing)}: training can start from such a '
             'file (--cfg-options load_from=FILE), not go on from it.'
         )
-    return checkpoint['meta']
+    meta = content['meta']
+    numbers = {name: meta.get(name) for name in ('iter', 'epoch')}
+    numbers['seed'] = meta.get('seed', 0)
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 0:
+            raise CheckpointError(f'{file} says {name}={number!r} in meta, which is no number.')
+    return meta
 
 
 @HOOKS.register_module()
@@ -109,20 +118,34 @@ class ExactResumeHook(Hook):
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """See that training goes on with the model that the checkpoint is of.
+        """See that training goes on with the model and optimizer that it began with.
 
         Raises:
-            CheckpointError: See `check_state_dict`.
+            CheckpointError: If the checkpoint is of others; says what differs.
         """
         if not runner._resume:
             return
         try:
             check_state_dict(runner.model, checkpoint['state_dict'], runner._load_from)
+            self._check_training(runner, checkpoint)
         except CheckpointError as error:
             raise CheckpointError(
-                f'--resume: {error} Take the config that it was trained with, or train another '
-                'model from its weights: --cfg-options load_from=FILE, without --resume.'
+                f'--resume: {error} Take the config that it was trained with, or begin another '
+                'training with its weights: --cfg-options load_from=FILE, without --resume.'
             ) from None
+
+    @staticmethod
+    def _check_training(runner, checkpoint: dict) -> None:
+        problem = None
+        averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        if 'ema_state_dict' in checkpoint and not averaged:
+            problem = 'averages weights, and the config has no EMAHook in custom_hooks'
+        elif isinstance(runner, Runner):  # FlexibleRunner's strategies change the state
+            problem = _compare_optimizers(
+                checkpoint['optimizer'], runner.optim_wrapper.state_dict()
+            )
+        if problem:
+            raise CheckpointError(f'The training of {runner._load_from} {problem}.')
 
     def before_train(self, runner) -> None:
         """Keep MMEngine from reading again what was trained on before."""
@@ -134,6 +157,59 @@ class ExactResumeHook(Hook):
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seed the generators of this process."""
         seed_everything(runner.seed, runner.iter)
+
+
+def _compare_optimizers(found: Mapping, expected: Mapping) -> str | None:
+    """What keeps an optimizer from taking over the state of another, in words."""
+    groups, ours = found.get('param_groups'), expected.get('param_groups')
+    if ours is None:  # several optimizers
+        return None
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        return 'left no state of an optimizer'
+    sizes, expected_sizes = ([len(group.get('params', ())) for group in g] for g in (groups, ours))
+    if sizes != expected_sizes:
+        return (
+            f'optimizes {sum(sizes)} parameters in {len(sizes)} groups, the config '
+            f'{sum(expected_sizes)} in {len(expected_sizes)}'
+        )
+    # Switches differ between versions of PyTorch, and have defaults.
+    missing = {
+        key
+        for group, our in zip(groups, ours)
+        for key, value in our.items()
+        if key not in group and not isinstance(value, (bool, type(None)))
+    }
+    if missing:
+        return f'has another optimizer than the config: one without {", ".join(sorted(missing))}'
+    if not is_finite(found.get('state')):
+        return 'left NaN or infinity in the state of the optimizer'
+    return None
+
+
+@HOOKS.register_module()
+class DueValidationHook(Hook):
+    """Makes up for the validation that was to follow the step of the checkpoint.
+
+    A checkpoint is written before the validation at its step, and holds nothing
+    of what comes of it: which checkpoint is the best, a rate that waits for a metric.
+    """
+
+    priority = 'LOWEST'  # when other hooks are ready
+
+    def before_train(self, runner) -> None:
+        """Validate, if the step or epoch that was the last before wants it."""
+        loop = runner.train_loop
+        if isinstance(loop, IterBasedTrainLoop):
+            done, end, amid = loop.iter, loop.max_iters, False
+        else:
+            done, end = loop.epoch, loop.max_epochs
+            amid = bool(loop.dataloader.batch_sampler.skip)
+        if not done or amid or runner.val_loop is None:
+            return
+        loop._decide_current_val_interval()
+        if done >= loop.val_begin and (done % loop.val_interval == 0 or done == end):
+            runner.logger.info('The validation that the checkpoint was written before:')
+            runner.val_loop.run()
 
 
 class _Advanced:
@@ -241,8 +317,8 @@ class SaveOnSignalHook(Hook):
     """Saves and ends when it is asked to, as schedulers do before they kill.
 
     After the step in which one of the processes receives SIGTERM, all of them
-    end with the exit code 75, and ``interrupted.pth`` in the work dir is what
-    ``--resume`` goes on from. With accumulated gradients the step is the one
+    end with the exit code 75, and ``interrupted.pth`` beside the other checkpoints
+    is what ``--resume`` goes on from. With accumulated gradients the step is the one
     that uses them.
     """
 
@@ -266,16 +342,16 @@ class SaveOnSignalHook(Hook):
                          outputs: dict | None = None) -> None:  # fmt: skip
         """Save and end, if any process was asked to."""
         step = runner.iter + 1
-        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-        if self._any_asked() and (step % counts == 0 or step == runner.max_iters):
+        if self._any_asked() and _is_updated(runner, step):
             self._save(runner, step)
 
     def after_val_iter(self, runner, batch_idx: int, data_batch: Any = None,
                        outputs: Any = None) -> None:  # fmt: skip
-        """Save and end amid a validation, which will not be repeated."""
+        """Save and end amid a validation, which `DueValidationHook` will make up for."""
         # EMA has exchanged the weights then: this validation must end first.
         averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
-        if not is_distributed() and self.asked and not averaged:
+        updated = _is_updated(runner, runner.iter)
+        if not is_distributed() and self.asked and not averaged and updated:
             self._save(runner, runner.iter)
 
     def _any_asked(self) -> bool:
@@ -286,10 +362,12 @@ class SaveOnSignalHook(Hook):
         return bool(asked)
 
     def _save(self, runner, step: int) -> None:
+        hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+        folder = hooks[0].out_dir if hooks else runner.work_dir
         name = 'interrupted.pth'
         meta = dict(epoch=runner.epoch, iter=step)
-        runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
-        path = join_path(runner.work_dir, name)
+        runner.save_checkpoint(folder, name, meta=meta, by_epoch=False)
+        path = join_path(folder, name)
         if is_main_process():
             with whole_file(Path(runner.work_dir, 'last_checkpoint'), 'w') as file:
                 file.write(path)
@@ -298,3 +376,9 @@ class SaveOnSignalHook(Hook):
             f'Exit code {EXIT_CODE}.'
         )
         sys.exit(EXIT_CODE)
+
+
+def _is_updated(runner, step: int) -> bool:
+    """Whether no gradients are accumulated after a step."""
+    counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    return step % counts == 0 or step == runner.max_iters

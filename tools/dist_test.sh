@@ -8,7 +8,7 @@ if [ $# -lt 3 ]; then
     exit 2
 fi
 
-python -m torch.distributed.run \
+exec python -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \

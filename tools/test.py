@@ -9,7 +9,7 @@ The config's `default_scope` says which toolbox it is for.
 from mmengine.config import ConfigDict
 
 from lska_mm.distributed import name_lost_ranks
-from lska_mm.launch import base_parser, build_runner, check_data, check_weights, load_config
+from lska_mm.launch import base_parser, build_runner, check_data, load_config
 
 # Each toolbox has its own way to dump predictions and to draw them.
 DUMP_METRIC = dict(mmdet='DumpDetResults', mmseg='DumpResults', mmpretrain='DumpResults')
@@ -57,7 +57,7 @@ def main():
         cfg.visualizer.save_dir = args.show_dir
     check_data(cfg, 'test')
     runner = build_runner(cfg)
-    check_weights(runner.model, args.checkpoint)
+    runner.register_hook(dict(type='CheckWeightsHook'))
     runner.test()
 
 

@@ -26,7 +26,6 @@ from lska_mm.files import WholeFileBackend
 from lska_mm.launch import (
     base_parser,
     build_runner,
-    check_weights,
     load_config,
     report_errors,
 )
@@ -150,7 +149,7 @@ def main() -> None:
     results = load_results(out / 'imagenet_c.json', args.checkpoint)
 
     runner = build_runner(cfg)
-    check_weights(runner.model, args.checkpoint)
+    runner.register_hook(dict(type='CheckWeightsHook'))
     write = WholeFileBackend().put_text  # whole, whenever it is interrupted
     runner.call_hook('before_run')
     runner.load_or_resume()
