@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,28 +22,24 @@ def whole_file(path: str | Path, mode: str = 'wb') -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Closed before it is moved, therefore no `with` of its own.
-    file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-        mode, dir=path.parent, prefix='.', suffix='.part', delete=False
-    )
+    part = path.with_name(f'.{uuid.uuid4().hex}.part')
     try:
-        with file:
+        with part.open(mode.replace('w', 'x')) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        part.replace(path)
     except OSError as error:
-        os.unlink(file.name)
+        part.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
+        kept = ' What the file held before is still there.' if path.exists() else ''
         raise OSError(
             error.errno,
             f'{path} was not written: {error.strerror}. {free / 2**20:.0f} MiB are free on the '
-            f'disk mounted at {_mount_point(path.parent)}. What the file held before is still '
-            'there.',
+            f'disk mounted at {_mount_point(path.parent)}.{kept}',
         ) from error
     except BaseException:
-        os.unlink(file.name)
+        part.unlink(missing_ok=True)
         raise
 
 

@@ -263,7 +263,16 @@ def build_runner(cfg: Config, position: dict[str, int] | None = None) -> Runner:
     Args:
         cfg: A config of any of the three toolboxes.
         position: Where a training goes on, see `resume`.
+
+    Raises:
+        ValueError: If the config's strategy wants several processes, and there is one.
     """
+    strategy = (cfg.get('strategy') or {}).get('type', 'SingleDeviceStrategy')
+    if cfg.launcher == 'none' and strategy != 'SingleDeviceStrategy':
+        raise ValueError(
+            f'strategy.type={strategy} is for several processes: bash tools/dist_train.sh CONFIG '
+            'GPUS, or another --launcher.'
+        )
     if cfg.launcher == 'pytorch' and not is_distributed():
         distributed.init(cfg)
     checkpoints = cfg.get('default_hooks', {}).get('checkpoint')

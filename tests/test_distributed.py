@@ -266,6 +266,18 @@ def test_an_attempt_does_not_see_keys_of_the_one_before(monkeypatch):
     assert [store.add('key', 1) for store in stores] == [1, 1]
 
 
+def test_sigterm_to_the_launcher_saves(job, expected):
+    """As a container's engine sends it, to its first process alone."""
+    process = job.start('asked', processes=2, PORT='29633', PAUSE='0.5')
+    wait_for_epoch_2(job, 'asked', [process])
+    process.terminate()
+    wait([process], job, 'asked', code=1)
+    assert (job.folder / 'asked/interrupted.pth').exists()
+    assert 'Exit code 75' in job.printed('asked')
+    wait([job.start('asked', '--resume', processes=2, PORT='29633')], job, 'asked')
+    assert difference(job, 'asked', expected) < 1e-4
+
+
 @pytest.mark.soak
 def test_torchrun_restarts(job, expected):
     """A process is killed, and all start anew from the last checkpoint by themselves."""
@@ -275,7 +287,7 @@ def test_torchrun_restarts(job, expected):
     workers = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
-        if 'tools/train.py' in child.cmdline() and '--nnodes=1' not in child.cmdline()
+        if 'tools/train.py' in child.cmdline()
     ]
     workers[-1].kill()
     wait([process], job, 'restarts')

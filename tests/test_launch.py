@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 
 from conftest import ROOT
-from lska_mm.launch import check_data, report_errors
+from lska_mm.launch import build_runner, check_data, report_errors
 
 ADE20K = ROOT / 'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py'
 IMAGENET = ROOT / 'configs/classification/lska-van-tiny_4xb128_in1k.py'
@@ -42,6 +42,14 @@ def test_imagenet_with_an_empty_class(tmp_path):
     (tmp_path / 'meta').mkdir()
     (tmp_path / 'meta/train.txt').touch()
     check_data(cfg, 'train')
+
+
+def test_a_strategy_for_several_processes_in_one():
+    cfg = Config(
+        dict(launcher='none', runner_type='FlexibleRunner', strategy=dict(type='DDPStrategy'))
+    )
+    with pytest.raises(ValueError, match=r'DDPStrategy is for several processes: bash tools/dist'):
+        build_runner(cfg)
 
 
 def test_errors_of_a_tool_are_a_line(capsys):

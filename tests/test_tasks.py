@@ -142,8 +142,11 @@ def test_labels_beyond_the_classes(segmentor, nuclei, run, tmp_path):
     for path in tmp_path.glob('ade/annotations/*/nuclei.png'):
         labels = mmcv.imread(str(path), flag='unchanged')
         mmcv.imwrite(np.where(labels == 2, 3, labels), str(path))
+    # A list in a config replaces that of its base.
+    config = tmp_path / 'own_hooks.py'
+    config.write_text(f"_base_ = '{ROOT / NUCLEI}'\ncustom_hooks = [dict(type='EMAHook')]\n")
     for split, command in (
-        ('train', ['train.py', NUCLEI]),
+        ('train', ['train.py', config]),
         ('test', ['test.py', NUCLEI, last_checkpoint(segmentor)]),
     ):
         printed = run(
@@ -164,6 +167,14 @@ def test_checkpoint_of_other_classes_is_refused(segmentor, run, tmp_path):
         '2 tensors differ in shape (first: decode_head.conv_seg.weight, '
         'found (2, 128, 1, 1), expected (3, 128, 1, 1))'
     ) in printed
+
+
+def test_flexible_runner_tests(segmentor, run, tmp_path):
+    """It builds its model after the tool could look at it."""
+    command = ['python', 'tools/test.py', NUCLEI, last_checkpoint(segmentor)]
+    command += ['--work-dir', tmp_path, '--cfg-options', 'runner_type=FlexibleRunner']
+    assert 'mIoU' in run(*command)
+    assert 'differ in shape' in run(*command, 'model.decode_head.num_classes=3', code=1)
 
 
 def test_checkpoint_of_another_task_is_refused(segmentor, run, tmp_path):

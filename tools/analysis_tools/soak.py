@@ -20,6 +20,7 @@ import argparse
 import csv
 import gc
 import itertools
+import math
 import multiprocessing
 import statistics
 import sys
@@ -31,7 +32,7 @@ import psutil
 from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 
-from lska_mm.launch import build_runner
+from lska_mm.launch import build_runner, report_errors, resume
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -148,8 +149,8 @@ def soak(cfg: Config, sampler: Sampler, seconds: float, runners: int) -> int:
     left = 0
     for sampler.runner in range(1, runners + 1):
         sampler.end = sampler.begin + seconds * sampler.runner / runners
-        cfg.resume = sampler.runner > 1
-        runner = build_runner(cfg.copy())
+        turn = cfg.copy()
+        runner = build_runner(turn, resume(turn, 'auto') if sampler.runner > 1 else None)
         runner.register_hook(sampler)
         runner.train()
         del runner
@@ -157,17 +158,31 @@ def soak(cfg: Config, sampler: Sampler, seconds: float, runners: int) -> int:
     return left
 
 
-def main() -> int:
+class LeakError(RuntimeError):
+    """Something grew, or was left over."""
+
+
+def positive(text: str) -> float:
+    """The type of an argument: a number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is not above 0')
+    return float(text)
+
+
+@report_errors(LeakError, FileNotFoundError)
+def main() -> None:
     parser = argparse.ArgumentParser(description='Train for long and watch memory and files')
     parser.add_argument('config')
-    parser.add_argument('--minutes', type=float, default=60)
+    parser.add_argument('--minutes', type=positive, default=60)
     parser.add_argument('--runners', type=int, default=4, help='one after the other')
-    parser.add_argument('--interval', type=float, default=5, help='seconds between samples')
+    parser.add_argument('--interval', type=positive, default=5, help='seconds between samples')
     parser.add_argument('--warm-up', type=float, default=0.25, help='share of the time')
     parser.add_argument('--limit', type=float, default=20, help='MiB that memory may grow by')
     parser.add_argument('--out', type=Path, required=True, help='folder for samples and plot')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     args = parser.parse_args()
+    if args.runners < 1:
+        parser.error('--runners must be 1 or more')
 
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options)
@@ -195,8 +210,7 @@ def main() -> int:
     faults += [f'{zombies:.0f} zombies'] if zombies else []
     faults += [f'{left} workers outlived their Runner'] if left else []
     if faults:
-        print(f'soak.py: {"; ".join(faults)}; see {args.out}/soak.png', file=sys.stderr)
-    return bool(faults)
+        raise LeakError(f'{"; ".join(faults)}; see {args.out}/soak.png')
 
 
 if __name__ == '__main__':
