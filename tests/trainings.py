@@ -77,4 +77,10 @@ def train(cfg, position=None, hook=None):
     runner = build_runner(cfg, position)
     if hook:
         runner.register_hook(hook)
-    runner.train()
+    try:
+        runner.train()
+    finally:
+        # Collected with the Runner, each would be waited for in vain, five seconds long.
+        for loop in (runner.train_loop, runner.val_loop):
+            if loop and getattr(loop.dataloader, '_iterator', None):
+                loop.dataloader._iterator._shutdown_workers()
