@@ -10,21 +10,20 @@ from soak import growth
 from trainings import segmentor
 
 
-def soak(run, nuclei, tmp_path, minutes, *arguments, val_interval=20, save_interval=50):
-    cfg = segmentor(nuclei, tmp_path)
-    cfg.train_cfg.val_interval = val_interval
-    cfg.default_hooks.checkpoint.interval = save_interval
-    cfg.dump(tmp_path / 'config.py')
+def soak(run, config, folder, minutes, *arguments):
     return run(
-        'python', 'tools/analysis_tools/soak.py', tmp_path / 'config.py', '--minutes', minutes,
-        '--out', tmp_path / 'out', *arguments, OMP_NUM_THREADS='1',
+        'python', 'tools/analysis_tools/soak.py', config, '--minutes', minutes, '--out',
+        folder, *arguments, OMP_NUM_THREADS='1',
     )  # fmt: skip
 
 
 def test_a_short_soak(run, nuclei, tmp_path):
     """Too short for a judgement on memory, but not on what is left over."""
+    cfg = segmentor(nuclei, tmp_path)
+    cfg.default_hooks.checkpoint.interval = 4
+    cfg.dump(tmp_path / 'config.py')
     short = ['--runners', 2, '--interval', 0.5, '--limit', 200]
-    printed = soak(run, nuclei, tmp_path, 0.2, *short, val_interval=3, save_interval=4)
+    printed = soak(run, tmp_path / 'config.py', tmp_path / 'out', 0.2, *short)
     assert 'soak: 0 zombies, 0 workers that outlived their Runner' in printed
     assert (tmp_path / 'out/soak.png').stat().st_size > 10_000
     with (tmp_path / 'out/soak.csv').open() as file:
@@ -54,8 +53,12 @@ def test_growth_is_seen():
 
 
 @pytest.mark.soak
-def test_an_hour(run, nuclei, tmp_path):
+def test_an_hour(run, tmp_path):
     """SOAK_MINUTES=N for another time."""
-    minutes = os.environ.get('SOAK_MINUTES', '60')
-    printed = soak(run, nuclei, tmp_path, minutes)
+    run('python', 'tools/dataset_converters/nuclei.py', '--out', 'data/nuclei')
+    printed = soak(
+        run, 'demo/lska-van-tiny_fpn_nuclei.py', tmp_path / 'out',
+        os.environ.get('SOAK_MINUTES', '60'), '--cfg-options', 'train_cfg.val_interval=20',
+        'default_hooks.checkpoint.interval=50',
+    )  # fmt: skip
     print('\n'.join(re.findall(r'^soak: .*', printed, re.MULTILINE)))
