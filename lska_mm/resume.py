@@ -27,7 +27,12 @@ from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS, HOOKS
-from mmengine.runner import CheckpointLoader, IterBasedTrainLoop, Runner
+from mmengine.runner import (
+    CheckpointLoader,
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    Runner,
+)
 
 from .checkpoint import CheckpointError, check_state_dict
 from .data import seed_everything
@@ -201,9 +206,11 @@ class DueValidationHook(Hook):
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
             done, end, amid = loop.iter, loop.max_iters, False
-        else:
+        elif isinstance(loop, EpochBasedTrainLoop):
             done, end = loop.epoch, loop.max_epochs
-            amid = bool(loop.dataloader.batch_sampler.skip)
+            amid = bool(getattr(loop.dataloader.batch_sampler, 'skip', 0))
+        else:
+            return
         if not done or amid or runner.val_loop is None:
             return
         loop._decide_current_val_interval()
