@@ -215,7 +215,7 @@ class DueValidationHook(Hook):
             return
         loop._decide_current_val_interval()
         if done >= loop.val_begin and (done % loop.val_interval == 0 or done == end):
-            runner.logger.info('The validation that the checkpoint was written before:')
+            runner.logger.info('First the validation that was due at the step of the checkpoint:')
             runner.val_loop.run()
 
 
