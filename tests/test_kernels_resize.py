@@ -117,7 +117,7 @@ def test_a_size_a_stage():
         ('LSKA', 53, 23, False, '160 taps of kernel size 53 that 23 lacks are not zero'),
         ('LKA-trivial', 11, 7, False, '576 taps of kernel size 11 that 7 lacks are not zero'),
         ('LKA', 53, 23, True, r'2-D kernels \(attention LKA\) have no nearest fit.*van2lska'),
-        ('LSKA', 23, 24, False, r'kernel_size=24 cannot be split.*sizes are 23 and 29'),
+        ('LSKA', 23, 24, False, r'kernel_size=24 cannot be split.*: 23 and 29'),
         ('LSKA', 23, [35, 35, 53], False, r'kernel_size=\[35, 35, 53\]: one for all 2 stages'),
     ],
 )  # fmt: skip
