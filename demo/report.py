@@ -181,8 +181,9 @@ def draw_curve(out: Path, scope: str):
     scores.set(
         ylim=(0, 1.02 * METRICS[scope][0][2]), xlabel='iteration', title='on the held-back data'
     )
-    for axis, place in ((losses, 'upper right'), (scores, 'lower right')):
-        axis.legend(fontsize='small', loc=place)
+    losses.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))  # beside it
+    scores.legend(fontsize='small', loc='lower right')
+    for axis in (losses, scores):
         axis.grid(alpha=0.3)
     return figure
 
