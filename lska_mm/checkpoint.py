@@ -58,22 +58,27 @@ def convert_key(key: str) -> str:
     return re.sub(r'^head\.(weight|bias)$', r'head.fc.\1', key)
 
 
-def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def convert_state_dict(state_dict: Mapping[str, Any], source: str = '') -> dict[str, Any]:
     """Rename every tensor as `convert_key` says; drops and changes none.
+
+    Args:
+        state_dict: In any of the layouts.
+        source: The file that it is from, for errors to begin with.
 
     Raises:
         CheckpointError: If two tensors would get the same name, or one has
             something else than text for a name.
     """
+    where = f'{source}: ' if source else ''
     converted: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise CheckpointError(f'The name of a tensor is {key!r:.100}, no text.')
+            raise CheckpointError(f'{where}The name of a tensor is {key!r:.100}, no text.')
         name = convert_key(key)
         if name in converted:
             raise CheckpointError(
-                f'{sources[name]} and {key} are both {name}; the file mixes two layouts.'
+                f'{where}{sources[name]} and {key} are both {name}; the file mixes two layouts.'
             )
         converted[name] = value
         sources[name] = key
@@ -184,6 +189,13 @@ def summarize(state_dict: Mapping[str, Any]) -> str:
 # --- Into a model --------------------------------------------------------------
 
 
+def unwrap(model: Any) -> Any:
+    """The model itself, without DDP or test-time augmentation around it."""
+    while hasattr(model, 'module'):
+        model = model.module
+    return model
+
+
 def check_state_dict(
     model: nn.Module, state_dict: Mapping[str, Any], source: str, allow_extra: bool = False
 ) -> None:
@@ -201,19 +213,14 @@ def check_state_dict(
         CheckpointError: If the tensors are not those of the model; says what they are.
     """
     expected = {convert_key(key): value for key, value in model.state_dict().items()}
-    try:
-        found = convert_state_dict(state_dict)
-    except CheckpointError as error:
-        raise CheckpointError(f'{source}: {error}') from None
+    found = convert_state_dict(state_dict, source)
     if allow_extra:
         found = {key: value for key, value in found.items() if key in expected}
     # FSDP gathers the tensors on one rank alone; on the others there is nothing to compare.
     problem = _compare(found, expected) if expected else None
     if problem:
-        while hasattr(model, 'module'):  # DDP, TTA
-            model = model.module  # type: ignore[assignment]
         raise CheckpointError(
-            f'{source} cannot be loaded into the {type(model).__name__} of the config: '
+            f'{source} cannot be loaded into the {type(unwrap(model)).__name__} of the config: '
             f'{problem}. The file holds {summarize(state_dict)}.'
         )
 

@@ -25,10 +25,7 @@ def read_checkpoint(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: If there is no LSKA-VAN in it.
     """
     content = load_from_local(source, 'cpu')
-    try:
-        state_dict = convert_state_dict(get_state_dict(content))
-    except CheckpointError as error:
-        raise CheckpointError(f'{source}: {error}') from None
+    state_dict = convert_state_dict(get_state_dict(content), source)
     strangers = [key for key, value in state_dict.items() if not torch.is_tensor(value)]
     if strangers:
         raise CheckpointError(f'{source}: {strangers[0]} is no tensor.')

@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
-from .checkpoint import check_state_dict
+from .checkpoint import check_state_dict, unwrap
 from .data import seed_everything
 from .loader import get_state_dict
 
@@ -82,9 +82,7 @@ class CheckLabelsHook(Hook):
 
 def _decode_head(model: Any) -> Any:
     """The last head of a segmentor; None of another model."""
-    while hasattr(model, 'module'):  # DDP, TTA
-        model = model.module
-    head = getattr(model, 'decode_head', None)
+    head = getattr(unwrap(model), 'decode_head', None)
     return head[-1] if isinstance(head, nn.ModuleList) else head  # several: a cascade
 
 
@@ -173,9 +171,7 @@ def is_finite(values: Any) -> bool:
 
 def _trace(runner, batch: Any) -> str:
     """Compute a step once more and name the first module that breaks it."""
-    model: Any = runner.model
-    while hasattr(model, 'module'):  # DDP
-        model = model.module
+    model = unwrap(runner.model)
     culprit: str | None = None
 
     def watch(name: str, module: nn.Module) -> Any:

@@ -86,10 +86,7 @@ def load_from_local(path: str, map_location: Any = None) -> Any:
 
     state_dict = get_state_dict(checkpoint)
     if any(_SEPARABLE.fullmatch(key) for key in state_dict if isinstance(key, str)):
-        try:
-            converted = convert_state_dict(state_dict)
-        except CheckpointError as error:
-            raise CheckpointError(f'{path}: {error}') from None
+        converted = convert_state_dict(state_dict, path)
         checkpoint = (
             {**checkpoint, 'state_dict': converted} if 'state_dict' in checkpoint else converted
         )
