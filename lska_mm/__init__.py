@@ -21,7 +21,8 @@ from .kernels import ResizedPretrained
 from .loader import load_from_local, load_from_url
 from .models import LSKA, LSKAVAN, LSKANeck
 from .optim import AutocastOptimWrapper, LayerDecayOptimWrapperConstructor
-from .resume import DueValidationHook, ExactResumeHook, SaveOnSignalHook, WholeCheckpointHook
+from .resume import DueValidationHook, ExactResumeHook, WholeCheckpointHook
+from .signals import SaveOnSignalHook
 
 __version__ = '0.1.0'
 __all__ = [

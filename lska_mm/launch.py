@@ -19,7 +19,8 @@ from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from . import distributed
 from .checkpoint import check_state_dict
 from .loader import get_state_dict
-from .resume import find_checkpoint, read_meta, worker_context
+from .resume import find_checkpoint, read_meta
+from .signals import worker_context
 
 SPLITS = ('train', 'val', 'test')
 # Hooks of every Runner, in this order where they have the same priority.

@@ -20,7 +20,8 @@ from mmengine.registry import HOOKS
 from conftest import ROOT
 from lska_mm.checkpoint import CheckpointError
 from lska_mm.launch import resume
-from lska_mm.resume import EXIT_CODE, find_checkpoint, read_meta, worker_context
+from lska_mm.resume import find_checkpoint, read_meta
+from lska_mm.signals import EXIT_CODE, worker_context
 from trainings import STEPS, classifier, segmentor, train
 
 
@@ -67,8 +68,13 @@ def flat(state):
 
 
 class InterruptValidation(Hook):
+    """SIGTERM amid the validation after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
     def before_val_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == 3:
+        if runner.iter == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -109,7 +115,7 @@ def continued(build, data, tmp_path, hook, change):
     return step
 
 
-@pytest.mark.parametrize('hook', [Interrupt(3), InterruptValidation()], ids=['before', 'amid'])
+@pytest.mark.parametrize('hook', [Interrupt(3), InterruptValidation(3)], ids=['before', 'amid'])
 def test_an_interrupted_validation_is_made_up_for(hook, nuclei, tmp_path):
     """That after step 3, whose mIoU is made the best."""
 
@@ -130,14 +136,11 @@ def test_an_interrupted_validation_is_made_up_for(hook, nuclei, tmp_path):
 
 
 def test_the_last_validation_is_made_up_for(tmp_path, capfd):
-    def amid(cfg):
+    def validate_once(cfg):
         cfg.train_cfg.val_interval = 2
 
-    class AtTheEnd(Hook):
-        def before_val_iter(self, runner, batch_idx, data_batch=None):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert continued(classifier, tmp_path, tmp_path, AtTheEnd(), amid) == STEPS
+    hook = InterruptValidation(STEPS)
+    assert continued(classifier, tmp_path, tmp_path, hook, validate_once) == STEPS
     assert capfd.readouterr().out.count('accuracy/top1:') == 2
 
 
@@ -146,7 +149,7 @@ def test_sigterm_waits_for_accumulated_gradients(nuclei, tmp_path):
         cfg.optim_wrapper.accumulative_counts = 2
         cfg.default_hooks.checkpoint.interval = 4
 
-    step = continued(segmentor, nuclei, tmp_path, InterruptValidation(), accumulate)
+    step = continued(segmentor, nuclei, tmp_path, InterruptValidation(3), accumulate)
     assert step == 4
 
 
