@@ -27,8 +27,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['lska_mm*']),
-    # Links to the folders beside the package, copied into wheels: MMEngine looks
-    # for the bases `lska_mm::...` there.
+    # Links to the folders beside the package, copied into wheels: `lska_mm.config`
+    # looks there.
     package_data={'lska_mm': ['.mim/model-index.yml', '.mim/configs/**', '.mim/tools/**']},
     python_requires='>=3.10',
     # torch, mmengine and mmcv are needed but not asked for here: the two stacks

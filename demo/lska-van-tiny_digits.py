@@ -49,5 +49,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, begin=0, end=1, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min=1e-6, begin=1, end=15, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=15), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=15), checkpoint=dict(max_keep_ckpts=2))
 randomness = dict(seed=0)

@@ -36,5 +36,5 @@ model = dict(
 train_cfg = dict(max_iters=200, val_interval=50)
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=0, begin=0, end=200, by_epoch=False)]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100, max_keep_ckpts=2))
 randomness = dict(seed=0)

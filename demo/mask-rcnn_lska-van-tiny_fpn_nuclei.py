@@ -83,5 +83,5 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(logger=dict(interval=7), checkpoint=dict(interval=2, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=7), checkpoint=dict(interval=2, max_keep_ckpts=2))
 randomness = dict(seed=0)

@@ -1,57 +1,66 @@
 """LSKA-VAN backbones for OpenMMLab.
 
-Importing the package registers everything it offers in MMEngine's root
-registry, where mmdet, mmseg and mmpretrain find it without a prefix, and makes
-MMEngine read checkpoints through `lska_mm.loader` and write local files through
-`WholeFileBackend`:
+Importing the package registers what it offers in MMEngine's root registry, where
+mmdet, mmseg and mmpretrain find it without a prefix, and the readers of checkpoints:
 
     custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
 """
 
-import mmengine.runner.checkpoint
-from mmengine.config import Config
-from mmengine.fileio import register_backend
+from difflib import get_close_matches
+from pathlib import Path
+
 from mmengine.runner import CheckpointLoader
 
-from .configs import get_cfg_path
-from .data import BadImagesHook, GuardedDataset, SeededBatches
-from .files import WholeFileBackend
-from .hooks import CheckLabelsHook, CheckWeightsHook, NonFiniteHook
-from .kernels import ResizedPretrained
-from .loader import load_from_local, load_from_url
-from .models import LSKA, LSKAVAN, LSKANeck
-from .optim import AutocastOptimWrapper, LayerDecayOptimWrapperConstructor
-from .resume import DueValidationHook, ExactResumeHook, WholeCheckpointHook
-from .signals import SaveOnSignalHook
+from .engine.distributed import CPUDistributedDataParallel
+from .engine.hooks import CheckLabelsHook, SaveOnSignalHook
+from .engine.optim import LayerDecayOptimWrapperConstructor
+from .models.lska import LSKA
+from .models.lska_neck import LSKANeck
+from .models.lska_van import LSKAVAN
+from .weights.loader import load_from_http, load_from_local
+from .weights.pretrained import ResizedPretrained
 
 __version__ = '0.1.0'
 __all__ = [
     'LSKA',
     'LSKAVAN',
-    'AutocastOptimWrapper',
-    'BadImagesHook',
+    'CPUDistributedDataParallel',
     'CheckLabelsHook',
-    'CheckWeightsHook',
-    'DueValidationHook',
-    'ExactResumeHook',
-    'GuardedDataset',
     'LSKANeck',
     'LayerDecayOptimWrapperConstructor',
-    'NonFiniteHook',
     'ResizedPretrained',
     'SaveOnSignalHook',
-    'SeededBatches',
-    'WholeCheckpointHook',
-    'WholeFileBackend',
+    'config',
+    'load_from_http',
     'load_from_local',
 ]
 
-# `force`, because MMEngine has a reader of local files of its own: one that
-# answers a refused pickle by running it.
+# `force`: MMEngine's own readers answer a refused pickle by running it.
 CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
-# And a backend that leaves half a file behind when it is interrupted.
-register_backend('local', WholeFileBackend, prefixes='', force=True)
-# Beneath its readers of URLs, which share the downloads among processes.
-mmengine.runner.checkpoint.load_url = load_from_url
-# For `_base_ = 'lska_mm::...'` in configs elsewhere.
-Config._get_cfg_path = staticmethod(get_cfg_path)
+CheckpointLoader.register_scheme(
+    prefixes=('http://', 'https://'), loader=load_from_http, force=True
+)
+
+
+def config(name: str) -> str:
+    """Return the path of a config that comes with the package, as a base of others.
+
+    In a config of any folder:
+
+        _base_ = __import__('lska_mm').config('detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py')
+
+    Args:
+        name: Path of the config below `configs/`.
+
+    Raises:
+        FileNotFoundError: If there is no such config; lists the nearest.
+    """
+    folder = Path(__file__).parent / '.mim/configs'  # of the repository, in wheels a copy
+    path = folder / name
+    if not path.is_file():
+        known = [str(path.relative_to(folder)) for path in folder.rglob('*.py')]
+        nearest = get_close_matches(name, known, n=3, cutoff=0)
+        raise FileNotFoundError(
+            f'lska_mm has no config {name}; the nearest are {", ".join(nearest)}.'
+        )
+    return str(path)

@@ -3,13 +3,10 @@
     python tools/train.py CONFIG [--work-dir DIR] [--resume [CKPT]] [--amp]
     bash tools/dist_train.sh CONFIG GPUS ...
 
-The config's `default_scope` says which toolbox it is for.
+Does what the own tool of the config's toolbox does.
 """
 
-from mmengine.device import get_device
-
-from lska_mm.distributed import name_lost_ranks
-from lska_mm.launch import base_parser, build_runner, check_data, load_config, resume
+from lska_mm.cli import base_parser, build_runner, load_config, toolbox
 
 
 def parse_args():
@@ -27,30 +24,30 @@ def parse_args():
         action='store_true',
         help='scale the learning rate to the real batch size',
     )
+    parser.add_argument('--no-validate', action='store_true', help='train without validation')
     return parser.parse_args()
 
 
-@name_lost_ranks()
 def main():
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, persistent_workers=True)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
-        if get_device() == 'cpu':
-            cfg.optim_wrapper.type = 'AutocastOptimWrapper'
-        else:
-            cfg.optim_wrapper.type = 'AmpOptimWrapper'
-            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        if toolbox(cfg) == 'mmdet':
+            cfg.optim_wrapper.loss_scale = 'dynamic'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise KeyError(
                 f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}.'
             )
         cfg.auto_scale_lr.enable = True
-    check_data(cfg, 'train', 'val')
-    position = None
-    if args.resume or cfg.get('resume'):
-        position = resume(cfg, args.resume or cfg.get('load_from') or 'auto')
-    build_runner(cfg, position).train()
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    build_runner(cfg).train()
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
+custom_hooks = [dict(type='NumClassCheckHook')]
 
 model = dict(
     backbone=dict(

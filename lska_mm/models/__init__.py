@@ -1,5 +1,1 @@
-from .lska import LSKA
-from .lska_neck import LSKANeck
-from .lska_van import LSKAVAN
-
-__all__ = ['LSKA', 'LSKAVAN', 'LSKANeck']
+"""The network; each module is imported by its own name, so that `weights` can use some."""

@@ -7,10 +7,10 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .ops import PackedConv2d, bottleneck, conv1x1_add
+from .layers import PackedConv2d, bottleneck, conv1x1_add
 
 if TYPE_CHECKING:
-    from .lska_van import Block
+    from .block import Block
 
 
 class FusedBlock(BaseModule):

@@ -10,11 +10,11 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-from mmengine.model import Sequential
+from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .ops import DepthwiseConv2d, PointwiseConv2d, multiply
+from .layers import DepthwiseConv2d, PointwiseConv2d, conv1x1_add, conv_gelu, multiply
 
 ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
@@ -143,8 +143,32 @@ class LSKA(Sequential):
         convs['conv1'] = PointwiseConv2d(in_channels, in_channels)
         super().__init__(convs, init_cfg=init_cfg)
         self.in_channels = in_channels
+        self.kernel_size = kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
         check_channels(x, self.in_channels, 'LSKA')
         return multiply(super().forward(x), x)
+
+
+class Attention(BaseModule):
+    """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same.
+
+    In training the sum is scaled; without a scale the memory of ``x`` is used up.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, attention: str):
+        super().__init__()
+        self.proj_1 = PointwiseConv2d(channels, channels)
+        self.spatial_gating_unit = LSKA(channels, kernel_size, attention)
+        self.proj_2 = PointwiseConv2d(channels, channels)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """All but the last convolution."""
+        return self.spatial_gating_unit(conv_gelu(self.proj_1, x))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        gated = self.gated(x)
+        if scale is None:
+            return conv1x1_add(self.proj_2, gated, x)
+        return torch.addcmul(self.proj_2(gated, scale), x, scale[:, None, None])

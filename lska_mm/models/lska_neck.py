@@ -7,17 +7,15 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .lska import check_channels
-from .lska_van import Attention
-from .ops import is_eager_cpu
+from .layers import is_eager_cpu
+from .lska import Attention, check_channels
 
 
 @MODELS.register_module()
 class LSKANeck(BaseModule):
     """The attention of a VAN block, on each map of a neck with weights of its own.
 
-    A map ``x`` becomes ``x + proj_2(gate(GELU(proj_1(x))))``, see `LSKA` for the
-    gate. Stands behind another neck, in a list:
+    Stands behind another neck, in a list:
 
         neck=[dict(type='FPN', ...), dict(type='LSKANeck', in_channels=256, num_outs=5)]
 
@@ -29,8 +27,7 @@ class LSKANeck(BaseModule):
         init_cfg: Initialisation, in MMEngine's form; without it PyTorch's.
 
     Raises:
-        ValueError: If the maps are not those that the arguments say; names both
-            numbers. On an invalid kernel size or attention, see `LSKA`.
+        ValueError: If the maps are not those that the arguments say; see also `LSKA`.
     """
 
     def __init__(

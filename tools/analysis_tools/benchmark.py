@@ -22,11 +22,9 @@ keep all; --fresh-heap does not, and shows what a young process pays.
 """
 
 import argparse
-import copy
 import ctypes
 import io
 import itertools
-import re
 import resource
 import statistics
 import sys
@@ -39,15 +37,13 @@ import psutil
 import torch
 from mmengine.registry import MODELS
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark_report import ARCHS, HEADER, format_row, merge, write_report
+from counting import multiply_adds
 from lska_mm import LSKAVAN
-from lska_mm.launch import report_errors
+from lska_mm.cli import report_errors, size
 from plain_lska_van import plain_lska_van
 
-BUSY = 10  # per cent of the machine that others may use
-SPREAD = 0.15  # half the interquartile range over the median
 ROUNDS = 4  # steps of a model at least, however long they take
 TRIES = 5  # measurements of a combination until its times vary less
 SIDE = 2048  # of the matrices whose product tells the machine's rate
@@ -162,31 +158,6 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
-def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
-    """Of convolutions and matrix products, in inference; computes nothing."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        copy.deepcopy(model).to('meta')(image.to('meta'))
-    return counter.get_total_flops() // 2
-
-
-def saved_bytes(model: nn.Module, image: torch.Tensor) -> int:
-    """Bytes kept for the backward pass, each storage once, parameters not."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outs = model(image)
-    del outs
-    return sum(size for size, _ in kept.values())
-
-
 class WideSpreadError(RuntimeError):
     """Times vary too much to be reported."""
 
@@ -195,28 +166,36 @@ class BusyError(RuntimeError):
     """Others use the machine."""
 
 
-def check_idle() -> None:
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say when a measurement is not one."""
+    parser.add_argument('--max-busy', type=float, default=10, metavar='PERCENT',
+                        help='of the machine that others may use')  # fmt: skip
+    parser.add_argument('--max-spread', type=float, default=0.15, metavar='SHARE',
+                        help='half the interquartile range over the median')  # fmt: skip
+
+
+def check_idle(limit: float) -> None:
     """Look at the machine for two seconds.
 
     Raises:
-        BusyError: If others use more than BUSY per cent of it.
+        BusyError: If others use more than ``limit`` per cent of it.
     """
     busy = psutil.cpu_percent(interval=2)
-    if busy > BUSY:
+    if busy > limit:
         raise BusyError(f'{busy:.0f} % of the CPUs are busy; let nothing else run.')
 
 
-def median_and_spread(name: str, values: list[float]) -> tuple[float, float]:
-    """The median, and half the interquartile range over it.
+def median_and_spread(name: str, values: list[float], limit: float) -> tuple[float, float]:
+    """Return the median, and half the interquartile range over it.
 
     Raises:
-        WideSpreadError: If the spread is more than SPREAD; calls the values ``name``.
+        WideSpreadError: If the spread is more than ``limit``; calls the values ``name``.
     """
     low, median, high = statistics.quantiles(values, n=4)
     spread = (high - low) / 2 / median
-    if spread > SPREAD:
+    if spread > limit:
         raise WideSpreadError(
-            f'{name}: times vary by {spread:.0%} around the median, more than {SPREAD:.0%}.'
+            f'{name}: times vary by {spread:.0%} around the median, more than {limit:.0%}.'
         )
     return median, spread
 
@@ -258,7 +237,9 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     passes = 3 if args.train else 1  # a backward pass costs two forward ones
     rows = []
     for name, values in times.items():
-        median, spread = median_and_spread(f'{name}, {arch} k={kernel_size}', values)
+        median, spread = median_and_spread(
+            f'{name}, {arch} k={kernel_size}', values, args.max_spread
+        )
         work = passes * multiply_adds(models[name.removeprefix('onnx-')], image) / 1e6
         rows.append(
             dict(
@@ -273,20 +254,13 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     return rows
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r'(\d+)x(\d+)', text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f'{text!r} is not HEIGHTxWIDTH, as 224x224')
-    return int(match[1]), int(match[2])
-
-
 @report_errors(BusyError, WideSpreadError)
 def main() -> None:
     parser = argparse.ArgumentParser(description='Time LSKA-VAN against its peers')
     parser.add_argument('--archs', nargs='+', default=['tiny'], choices=ARCHS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 23, 53])
     parser.add_argument('--batches', nargs='+', type=int, default=[1])
-    parser.add_argument('--sizes', nargs='+', type=parse_size, default=[(224, 224)],
+    parser.add_argument('--sizes', nargs='+', type=size, default=[(224, 224)],
                         metavar='HEIGHTxWIDTH')  # fmt: skip
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument('--onnx', action='store_true', help='ONNX Runtime too; on a CPU')
@@ -294,12 +268,13 @@ def main() -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seconds', type=float, default=10, help='for each combination')
     parser.add_argument('--runs', type=int, default=1, help='repetitions of everything')
+    add_limits(parser)
     parser.add_argument('--fresh-heap', action='store_true', help='see faults, above')
     parser.add_argument('--out', type=Path, required=True, help='folder for table and plot')
     args = parser.parse_args()
     if args.onnx and (args.train or args.device != 'cpu'):
         parser.error('--onnx is for inference on a CPU')
-    check_idle()
+    check_idle(args.max_busy)
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
     print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if not args.fresh_heap:

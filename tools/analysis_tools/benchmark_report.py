@@ -6,6 +6,8 @@ from pathlib import Path
 
 import matplotlib
 
+from lska_mm.cli import markdown
+
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
@@ -50,8 +52,7 @@ def overview(rows: list[dict]) -> str:
         plain = row['model'] == 'plain'
         cell = f'{row["milliseconds"]:.0f}' if plain else format_ratio(row)
         lines.setdefault(place, []).append(cell)
-    table = [head, ['---'] * len(head), *([*place, *cells] for place, cells in lines.items())]
-    return '\n'.join(f'| {" | ".join(map(str, cells))} |' for cells in table)
+    return markdown([head, *([*place, *cells] for place, cells in lines.items())])
 
 
 def format_ratio(row: dict) -> str:

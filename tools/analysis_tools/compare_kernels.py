@@ -30,34 +30,30 @@ from typing import Any
 
 import matplotlib
 import torch
-from torch import Tensor, nn
 
 from benchmark import (
     BusyError,
     WideSpreadError,
+    add_limits,
     calmly,
     check_idle,
     keep_heap,
     make_step,
     median_and_spread,
-    multiply_adds,
-    parse_size,
-    saved_bytes,
     time_all,
 )
+from counting import Classifier, count_costs, saved_bytes
 from lska_mm import LSKAVAN
-from lska_mm.launch import report_errors
+from lska_mm.cli import init_quietly, markdown, report_errors, size
+from lska_mm.models.archs import ARCHS
 from lska_mm.models.lska import ATTENTIONS
-from lska_mm.models.lska_van import ARCHS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'visualization'))
-from attention import gate_field
-from erf import contribution_squares, effective_receptive_field, init_weights
+from erf import contribution_squares, effective_receptive_field
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-CLASSES = 1000
 NOISE = (4, 3, 256, 256)  # images for the effective receptive field
 SHARES = (0.5, 0.99)
 CPU = torch.device('cpu')
@@ -83,18 +79,6 @@ PANELS = dict(
 )
 
 
-class Classifier(nn.Module):
-    """The backbone with a linear head."""
-
-    def __init__(self, arch: str, kernel_size: int, attention: str):
-        super().__init__()
-        self.backbone = LSKAVAN(arch, kernel_size, attention)
-        self.head = nn.Linear(self.backbone.arch['embed_dims'][-1], CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images)[-1].mean((2, 3)))
-
-
 def network_field(backbone: LSKAVAN) -> int:
     """Side of what a point of the last map may depend on, in pixels of the image."""
     field = stride = 1
@@ -104,16 +88,8 @@ def network_field(backbone: LSKAVAN) -> int:
         stride *= proj.stride[0]
         for block in getattr(backbone, f'block{stage}'):
             gate, mlp = block.attn.spatial_gating_unit, block.mlp.dwconv
-            field += (gate_field(gate) - 1 + mlp.kernel_size[0] - 1) * stride
+            field += (gate.kernel_size - 1 + mlp.kernel_size[0] - 1) * stride
     return field
-
-
-def count_costs(model: Classifier, size: tuple[int, int]) -> dict[str, int]:
-    """Parameters, and multiply-adds for an image."""
-    return dict(
-        parameters=sum(p.numel() for p in model.parameters()),
-        multiply_adds=multiply_adds(model.eval(), torch.empty(1, 3, *size)),
-    )
 
 
 def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) -> dict[str, Any]:
@@ -121,7 +97,7 @@ def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) ->
     torch.manual_seed(0)
     model = Classifier(arch, kernel_size, attention)
     backbone = model.backbone
-    init_weights(backbone)
+    init_quietly(backbone)
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
     field = effective_receptive_field(backbone.eval(), noise)
     half, nearly_all = contribution_squares(field, SHARES)
@@ -129,7 +105,7 @@ def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) ->
         attention=attention,
         kernel_size=kernel_size,
         saved_bytes=saved_bytes(model.train(), torch.rand(1, 3, *size)),
-        gate_field=gate_field(backbone.block1[0].attn.spatial_gating_unit),
+        gate_field=backbone.block1[0].attn.spatial_gating_unit.kernel_size,
         network_field=network_field(backbone),
         erf_50=half.side,
         erf_99=nearly_all.side,
@@ -151,15 +127,14 @@ def measure(args: argparse.Namespace, rows: list[dict]) -> None:
     times, _ = time_all(steps, CPU, args.seconds * len(steps))
     for row, ((attention, k), values) in zip(rows, times.items()):
         name = f'{attention}, {args.arch} k={k}'
-        row['milliseconds'], row['spread'] = median_and_spread(name, values)
+        row['milliseconds'], row['spread'] = median_and_spread(name, values, args.max_spread)
 
 
 def make_table(rows: list[dict]) -> str:
     """Markdown: a row a gate and kernel size."""
     columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
-    cells = [[head for head, _ in columns.values()], ['---'] * len(columns)]
-    cells += [[write(row[key]) for key, (_, write) in columns.items()] for row in rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in cells)
+    cells = [[write(row[key]) for key, (_, write) in columns.items()] for row in rows]
+    return markdown([[head for head, _ in columns.values()], *cells])
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
@@ -194,14 +169,15 @@ def main() -> None:
     parser.add_argument('--arch', default='tiny', choices=list(ARCHS))
     parser.add_argument('--attentions', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 11, 23, 35, 53, 65])
-    parser.add_argument('--size', type=parse_size, default=(224, 224), metavar='HEIGHTxWIDTH')
+    parser.add_argument('--size', type=size, default=(224, 224), metavar='HEIGHTxWIDTH')
     parser.add_argument('--no-time', action='store_true', help='measure no times')
     parser.add_argument('--seconds', type=float, default=2, help='of measuring, for each row')
+    add_limits(parser)
     parser.add_argument('--out', type=Path, required=True, help='folder for tables and plot')
     args = parser.parse_args()
     try:
         if not args.no_time:
-            check_idle()
+            check_idle(args.max_busy)
         rows = []
         for attention, k in itertools.product(args.attentions, args.kernel_sizes):
             rows.append(count(args.arch, k, attention, args.size))

@@ -21,14 +21,10 @@ import matplotlib
 from mmengine.config import Config
 from mmengine.runner import TestLoop
 
-from lska_mm.checkpoint import CheckpointError
-from lska_mm.files import WholeFileBackend
-from lska_mm.launch import (
-    base_parser,
-    build_runner,
-    load_config,
-    report_errors,
-)
+from lska_mm.cli import base_parser, build_runner, load_config, markdown, report_errors
+from lska_mm.engine.hooks import CheckWeightsHook
+from lska_mm.weights.convert import written_beside
+from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -106,12 +102,12 @@ def test_folder(runner, cfg: Config, folder: Path) -> float:
 def make_table(accuracies: Accuracies) -> str:
     """Markdown: a row a corruption, and both means."""
     head = ['corruption', *(f'top-1, {severity}' for severity in SEVERITIES), 'top-1', 'CE']
-    lines = [' | '.join(head), ' | '.join(['---'] * len(head))]
+    rows = [head]
     for name, by_severity in accuracies.items():
         values = list(by_severity.values())
         cells = [*values, sum(values) / len(values), corruption_error(by_severity, ALEXNET[name])]
-        lines.append(' | '.join([name, *(f'{cell:.2f}' for cell in cells)]))
-    table = '\n'.join(f'| {line} |' for line in lines)
+        rows.append([name, *(f'{cell:.2f}' for cell in cells)])
+    table = markdown(rows)
     for title, corruptions in (('the 15 standard', STANDARD), ('all 19', ALEXNET)):
         mce = mean_ce(accuracies, corruptions)
         lacking = [name for name in corruptions if name not in accuracies]
@@ -149,19 +145,19 @@ def main() -> None:
     results = load_results(out / 'imagenet_c.json', args.checkpoint)
 
     runner = build_runner(cfg)
-    runner.register_hook(dict(type='CheckWeightsHook'))
-    write = WholeFileBackend().put_text  # whole, whenever it is interrupted
+    runner.register_hook(CheckWeightsHook())
     runner.call_hook('before_run')
     runner.load_or_resume()
     for corruption, severity in folders:
         done = results['top1'].setdefault(corruption, {})
         if severity not in done:
             done[severity] = test_folder(runner, cfg, args.root / corruption / severity)
-            write(json.dumps(results, indent=1), out / 'imagenet_c.json')
+            with written_beside(out / 'imagenet_c.json') as part:  # it may be interrupted
+                part.write_text(json.dumps(results, indent=1))
         print(f'{corruption} {severity}: top-1 {done[severity]:.2f}', flush=True)
 
     table = make_table(results['top1'])
-    write(table, out / 'imagenet_c.md')
+    (out / 'imagenet_c.md').write_text(table)
     plot(results['top1'], out / 'imagenet_c.png')
     print(f'\n{table}\nwritten to {out}/imagenet_c.{{json,md,png}}')
 

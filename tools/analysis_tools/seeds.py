@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from lska_mm.launch import report_errors
+from lska_mm.cli import markdown, report_errors
 
 Scores = dict[int, float]  # step of the validation: value of the metric
 
@@ -41,7 +41,7 @@ def make_table(settings: dict[str, list[Scores]], metric: str) -> str:
     """Markdown: a row a setting, a column a validation."""
     steps = sorted({step for runs in settings.values() for scores in runs for step in scores})
     head = [metric, 'seeds', *map(str, steps)]
-    rows = [head, ['---'] * len(head)]
+    rows = [head]
     for name, runs in settings.items():
         cells = []
         for step in steps:
@@ -49,7 +49,7 @@ def make_table(settings: dict[str, list[Scores]], metric: str) -> str:
             spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.3f}{spread}' if values else '')
         rows.append([name, str(len(runs)), *cells])
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return markdown(rows)
 
 
 @report_errors(OSError, ValueError)

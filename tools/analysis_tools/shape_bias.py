@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from lska_mm.launch import png, report_errors
+from lska_mm.cli import markdown, png, report_errors
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -82,12 +82,12 @@ def total(by_class: dict[str, Decisions]) -> Decisions:
 
 def make_table(models: dict[str, dict[str, Decisions]]) -> str:
     """Markdown: a row a model."""
-    rows = [['model', 'images', 'shape', 'texture', 'shape bias'], ['---'] * 5]
+    rows = [['model', 'images', 'shape', 'texture', 'shape bias']]
     for name, by_class in models.items():
         shape, texture, images = decisions = total(by_class)
         bias = '' if decisions.shape_bias is None else f'{decisions.shape_bias:.3f}'
         rows.append([name, str(images), f'{shape / images:.1%}', f'{texture / images:.1%}', bias])
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return markdown(rows)
 
 
 def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:

@@ -23,8 +23,7 @@ import mmcv
 import numpy as np
 
 from digits import read_digits
-from lska_mm.files import WholeFileBackend
-from lska_mm.launch import report_errors
+from lska_mm.cli import report_errors
 
 # By digit: a name that ShapeBiasMetric prints, and an ImageNet label that it counts as that.
 # It divides by the number of such labels, which are at most four here: birds have 49.
@@ -67,7 +66,7 @@ def convert(out: Path) -> None:
             path = f'conflict/{name}/{name}{number}-{names[texture]}{number}.png'
             mmcv.imwrite(draw(digit, texture, rng), str(out / path))
     for split, lines in lists.items():
-        WholeFileBackend().put_text(''.join(lines), out / f'{split}.txt')
+        (out / f'{split}.txt').write_text(''.join(lines))
         print(f'{split}: {len(lines)} images of {len(names)} classes')
     print(f'conflict: {len(lists["val"])} images\nwritten to {out}')
 

@@ -19,7 +19,7 @@ import mmcv
 import numpy as np
 from sklearn.datasets import load_digits
 
-from lska_mm.launch import report_errors
+from lska_mm.cli import report_errors
 
 
 class Digit(NamedTuple):

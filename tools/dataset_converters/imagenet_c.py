@@ -18,7 +18,7 @@ import numpy as np
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
-from lska_mm.launch import report_errors
+from lska_mm.cli import report_errors
 
 SEVERITIES = range(1, 6)
 MIN_SIZE = 32  # of imagecorruptions

@@ -21,8 +21,8 @@ import mmcv
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from lska_mm.files import WholeFileBackend
-from lska_mm.launch import report_errors
+from lska_mm.cli import report_errors
+from lska_mm.weights.convert import written_beside
 
 VAL_COLUMN = 352
 MIN_AREA = 10  # pixels; less of a nucleus on the border is no object
@@ -58,6 +58,12 @@ def png(image: np.ndarray) -> bytes:
     return cv2.imencode('.png', image)[1].tobytes()
 
 
+def write(data: bytes, path: Path) -> None:
+    """Write all of a file at once: another process may be reading it."""
+    with written_beside(path) as part:
+        part.write_bytes(data)
+
+
 def convert(source: Path, out: Path) -> None:
     """Write both data sets into ``out`` from ``source``/{image,labels}.png.
 
@@ -77,8 +83,6 @@ def convert(source: Path, out: Path) -> None:
             'expected a label map of the size of the image.'
         )
 
-    # All of a file at once: another process may be reading it.
-    write = WholeFileBackend().put
     columns = dict(train=slice(None, VAL_COLUMN), val=slice(VAL_COLUMN, None))
     for image_id, (split, part) in enumerate(columns.items(), start=1):
         tile, tile_labels = image[:, part], labels[:, part]

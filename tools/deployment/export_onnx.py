@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
 
-from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import load_model, report_errors
+from lska_mm.cli import load_model, report_errors, size, toolbox
+from lska_mm.weights.convert import written_beside
+from lska_mm.weights.names import CheckpointError
 
 OPSET = 17  # the first with LayerNormalization
 TOLERANCE = 1e-4  # largest difference, relative to the largest output
@@ -118,7 +119,9 @@ def compare(path: Path, graph: Graph, images: Tensor) -> float:
     )
 
 
-def export(config: str, checkpoint: str, save_path: Path, backbone: bool, size) -> None:
+def export(
+    config: str, checkpoint: str, save_path: Path, backbone: bool, image_size: tuple[int, int]
+) -> None:
     """Write the file, after comparing its outputs.
 
     Raises:
@@ -126,7 +129,7 @@ def export(config: str, checkpoint: str, save_path: Path, backbone: bool, size) 
         RuntimeError: If the model has no graph in ONNX, or gives other outputs there.
     """
     cfg, model = load_model(config, checkpoint)
-    if cfg.default_scope == 'mmdet' and not backbone:
+    if toolbox(cfg) == 'mmdet' and not backbone:
         raise RuntimeError(
             'Only the backbone of a detector can be exported: add --backbone. '
             'For whole detectors there is MMDeploy.'
@@ -136,16 +139,14 @@ def export(config: str, checkpoint: str, save_path: Path, backbone: bool, size) 
     except TypeError as error:
         print(f'not folded: {error}')
     graph = Graph(model, backbone).eval()
-    channels, (height, width) = model.backbone.patch_embed1.proj.in_channels, size
+    channels, (height, width) = model.backbone.patch_embed1.proj.in_channels, image_size
     images = torch.rand(1, channels, height, width)
     others = torch.rand(2, channels, height + 32, width + 64)
 
-    save_path.parent.mkdir(parents=True, exist_ok=True)
     names = ['images', *graph.output_names]
-    part = save_path.with_name(f'{save_path.name}.part')
-    try:
+    with written_beside(save_path) as part:
         axes = {name: {0: 'batch', 2: 'height', 3: 'width'} for name in names}
-        if cfg.default_scope == 'mmpretrain':
+        if toolbox(cfg) == 'mmpretrain':
             axes['logits'] = {0: 'batch'}
         trace_to_onnx(
             graph, (images,), str(part), opset_version=OPSET, input_names=['images'],
@@ -163,14 +164,6 @@ def export(config: str, checkpoint: str, save_path: Path, backbone: bool, size) 
                     f'ONNX Runtime gives other outputs than PyTorch for images of '
                     f'{tuple(inputs.shape)}: they differ by {difference:.1e}. Nothing was written.'
                 )
-        part.replace(save_path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    height, width = text.split('x')
-    return int(height), int(width)
 
 
 @report_errors(CheckpointError, OSError, RuntimeError)
@@ -180,7 +173,7 @@ def main() -> None:
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('save_path', type=Path, help='file to write, .onnx')
     parser.add_argument('--backbone', action='store_true', help='only the backbone')
-    parser.add_argument('--size', type=parse_size, default=(224, 224), metavar='HEIGHTxWIDTH',
+    parser.add_argument('--size', type=size, default=(224, 224), metavar='HEIGHTxWIDTH',
                         help='of the traced image; the graph takes others too')  # fmt: skip
     args = parser.parse_args()
     export(args.config, args.checkpoint, args.save_path, args.backbone, args.size)

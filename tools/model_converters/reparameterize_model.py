@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import load_model, report_errors
+from lska_mm.cli import load_model, report_errors
+from lska_mm.weights.convert import written_beside
+from lska_mm.weights.names import CheckpointError
 
 
 def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
@@ -25,8 +26,8 @@ def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
     """
     _, model = load_model(config, checkpoint)
     model.backbone.switch_to_deploy()
-    save_path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(state_dict=model.state_dict()), save_path)
+    with written_beside(save_path) as part:
+        torch.save(dict(state_dict=model.state_dict()), part)
 
 
 @report_errors(CheckpointError, OSError, TypeError)

@@ -28,10 +28,9 @@ from mmengine.registry import TRANSFORMS
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from erf import load_backbone, normalise
 from lska_mm import LSKA, LSKAVAN
-from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import png, report_errors
+from lska_mm.cli import load_backbone, markdown, normalize, png, report_errors
+from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -62,7 +61,7 @@ def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap
     def keep(stage: int, index: int, gate: LSKA) -> None:
         # Not the factor itself: without gradients the product takes its memory.
         def hook(module, inputs, output):
-            maps.append(GateMap(stage, index, gate_field(gate), output.abs().mean(1)[0].cpu()))
+            maps.append(GateMap(stage, index, gate.kernel_size, output.abs().mean(1)[0].cpu()))
 
         handles.append(gate.conv1.register_forward_hook(hook))
 
@@ -79,11 +78,6 @@ def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap
         for handle in handles:
             handle.remove()
     return maps
-
-
-def gate_field(gate: LSKA) -> int:
-    """Side of what the convolutions of a gate see together: its kernel size."""
-    return 1 + sum(conv.dilation[1] * (conv.kernel_size[1] - 1) for conv in gate)
 
 
 def read_image(cfg: Config, path: Path) -> Tensor:
@@ -110,12 +104,12 @@ def read_image(cfg: Config, path: Path) -> Tensor:
 def make_table(maps: list[GateMap]) -> str:
     """Markdown: a row a gate, with the absolute factors."""
     head = ['stage', 'block', 'kernel size', 'map', 'mean factor', 'lowest', 'highest']
-    rows = [head, ['---'] * len(head)]
+    rows = [head]
     for stage, block, size, factor in maps:
         height, width = factor.shape
         values = [f'{value:.3f}' for value in (factor.mean(), factor.min(), factor.max())]
         rows.append([str(stage), str(block), str(size), f'{height} x {width}', *values])
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return markdown(rows)
 
 
 def plot(image: Tensor, maps: list[GateMap], path: Path) -> None:
@@ -165,7 +159,7 @@ def draw(args: argparse.Namespace) -> list[GateMap]:
     if not isinstance(backbone, LSKAVAN):
         raise ValueError(f'The backbone is {type(backbone).__name__}; drawn are gates of LSKAVAN.')
     image = read_image(cfg, args.image)
-    maps = gate_maps(backbone.to(args.device), normalise(image[None], cfg).to(args.device),
+    maps = gate_maps(backbone.to(args.device), normalize(image[None], cfg).to(args.device),
                      args.block)  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(image, maps, args.out)

@@ -32,14 +32,10 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from lska_mm.checkpoint import CheckpointError
-from lska_mm.launch import check_weights, png, report_errors
-from lska_mm.loader import get_state_dict
+from lska_mm.cli import load_backbone, markdown, normalize, png, report_errors
+from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -141,58 +137,7 @@ def contribution_squares(erf: Tensor, shares: Sequence[float] = SHARES) -> list[
     return squares
 
 
-# --- Models and images, from a config ------------------------------------------
-
-
-class Backbone(nn.Module):
-    """A backbone under the name that it has in a checkpoint of a whole model."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = backbone
-
-
-def load_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
-    """The backbone of a config, in evaluation mode; random without a checkpoint.
-
-    Raises:
-        CheckpointError: If the checkpoint is not of the config's backbone.
-        ValueError: If the config has no backbone.
-    """
-    if 'backbone' not in cfg.get('model', {}):
-        raise ValueError(f'{cfg.filename} has no model.backbone.')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
-    if checkpoint is None:
-        init_weights(backbone)
-    else:
-        model = Backbone(backbone)
-        check_weights(model, checkpoint)
-        state_dict = get_state_dict(CheckpointLoader.load_checkpoint(checkpoint, 'cpu'))
-        model.load_state_dict(state_dict, strict=False)
-    backbone.eval()
-    return backbone
-
-
-def init_weights(backbone: nn.Module) -> None:
-    """Give a backbone its random weights, without a line in the log for every parameter."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('WARNING')
-    try:
-        backbone.init_weights()
-    finally:
-        logger.setLevel(level)
-
-
-def normalise(images: np.ndarray | Tensor, cfg: Config) -> Tensor:
-    """Images (B, 3, H, W) in BGR, 0 to 255, as the config's backbone wants them."""
-    norm = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    images = torch.as_tensor(images).float()
-    if norm.get('bgr_to_rgb') or norm.get('to_rgb'):
-        images = images.flip(1)
-    mean, std = norm.get('mean') or [0.0], norm.get('std') or [1.0]
-    return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+# --- Images ------------------------------------------
 
 
 def find_images(folder: Path, number: int) -> list[Path]:
@@ -242,11 +187,11 @@ class Field(NamedTuple):
 def make_table(fields: list[Field]) -> str:
     """Markdown: a row a model; sides in pixels, shares of the image's area in brackets."""
     head = ['model', 'kernel size', 'weights', *(f'{share:.0%} in' for share in SHARES)]
-    rows = [head, ['---'] * len(head)]
+    rows = [head]
     for field in fields:
         cells = [f'{side} ({area:.1%})' for side, area in field.squares]
         rows.append([field.name, str(field.kernel_size or ''), field.weights, *cells])
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return markdown(rows)
 
 
 def plot(fields: list[Field], path: Path) -> None:
@@ -321,7 +266,7 @@ def measure(args: argparse.Namespace) -> list[Field]:
                 cfg.merge_from_dict({'model.backbone.kernel_size': size})
             torch.manual_seed(0)
             backbone = load_backbone(cfg, checkpoint[0] if checkpoint else None).to(args.device)
-            erf = effective_receptive_field(backbone, normalise(squares, cfg).to(args.device))
+            erf = effective_receptive_field(backbone, normalize(squares, cfg).to(args.device))
             weights = Path(checkpoint[0]).name if checkpoint else 'random weights'
             kernel_size = getattr(backbone, 'kernel_size', None)
             fields.append(

@@ -6,19 +6,22 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ..checkpoint import CheckpointError, convert_state_dict, describe
+from .match import describe
+from .names import CheckpointError, convert_state_dict
 
 Layout = dict[str, tuple[tuple[int, int], int]]  # what `kernel_layout` returns
 
 
-def read_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors under this package's names, and what they are."""
-    state = convert_state_dict(state_dict)
+def read_state(
+    state_dict: Mapping[str, Any], source: str = 'The file'
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors under this package's names, and what they are."""
+    state = convert_state_dict(state_dict, source)
     description = describe(state)
     if description is None:
+        names = ', '.join(list(state)[:3]) or 'none'
         raise CheckpointError(
-            f'No LSKA-VAN among the {len(state)} tensors '
-            f'(first: {", ".join(list(state)[:3]) or "none"}).'
+            f'{source} holds no LSKA-VAN ({len(state)} tensors, first: {names}).'
         )
     return state, description
 
@@ -56,7 +59,7 @@ def read_gate(state: Mapping[str, Any], prefix: str, layout: Layout) -> list[Con
 
 
 def size_of(convs: Sequence[Conv]) -> int:
-    """The longer side of the dense kernel."""
+    """Return the longer side of the dense kernel."""
     height, width = (
         1 + sum(conv.dilation * (conv.weight.shape[axis] - 1) for conv in convs) for axis in (2, 3)
     )

@@ -1,16 +1,15 @@
 """Weights of another kernel size, by a line in a config."""
 
 import re
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model.weight_init import update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
-from torch import nn
 
-from ..checkpoint import convert_state_dict, describe
-from ..loader import get_state_dict
-from ..models import LSKAVAN
+from .match import describe
+from .names import convert_state_dict, get_state_dict
 from .resize import resize_kernels, summarize_errors
 
 _STAGE = re.compile(r'backbone\.(?:patch_embed|block|norm)(\d+)\..+')
@@ -47,9 +46,10 @@ class ResizedPretrained:
         self.checkpoint = checkpoint
         self.nearest = nearest
 
-    def __call__(self, module: nn.Module) -> None:
+    def __call__(self, module: Any) -> None:
         """Load the weights into ``module``."""
-        if not isinstance(module, LSKAVAN):
+        expected = describe(module.state_dict())
+        if expected is None:
             raise TypeError(
                 'ResizedPretrained is for the init_cfg of an LSKAVAN backbone, not of '
                 f'{type(module).__name__}.'
@@ -60,14 +60,14 @@ class ResizedPretrained:
             for key, value in convert_state_dict(get_state_dict(checkpoint)).items()
             if (stage := _STAGE.fullmatch(key)) and int(stage[1]) <= module.num_stages
         }
-        ours, theirs = describe(module.state_dict()), describe(state)
-        if ours and theirs and {**theirs, 'kernel_size': ours['kernel_size']} == ours:
-            state, errors = resize_kernels(state, ours['kernel_size'], self.nearest)
+        found = describe(state)
+        if found and {**found, 'kernel_size': expected['kernel_size']} == expected:
+            state, errors = resize_kernels(state, expected['kernel_size'], self.nearest)
             print_log(
-                f'{self.checkpoint}: attention kernels of size {theirs["kernel_size"]} resized to '
-                f'{ours["kernel_size"]}, {summarize_errors(errors)}',
+                f'{self.checkpoint}: attention kernels of size {found["kernel_size"]} resized to '
+                f'{expected["kernel_size"]}, {summarize_errors(errors)}',
                 logger='current',
             )
-        module.load_state_dict(state)  # says what else differs
+        module.load_state_dict(state, strict=False)  # refuses what else differs
         if hasattr(module, '_params_init_info'):  # MMEngine's record of who set what
             update_init_info(module, f'ResizedPretrained: load from {self.checkpoint}')

@@ -271,3 +271,10 @@ def _widen(x: Tensor, rows: int) -> Tensor:
     if height % rows:
         x = F.pad(x, (0, 0, 0, 0, 0, -height % rows))
     return x.reshape(batch, -1, rows * width, channels).permute(0, 3, 1, 2)
+
+
+def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm`` over the channels of (B, C, H, W), wherever it wants them."""
+    if type(norm) is not nn.LayerNorm:
+        return norm(x)
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
 from .gate import Conv, centre, dense_kernel, size_of
+from .names import CheckpointError
 
 
 def _response_to_zeros(convs: list[Conv]) -> Tensor:
@@ -56,15 +56,12 @@ def _fit_axis(old: list[Conv], new: list[Conv]) -> list[Conv]:
 def _factorize(
     target: Tensor, local: int, far: int, dilation: int, iterations: int = 50
 ) -> tuple[Tensor, Tensor]:
-    """The taps (C, local) and (C, far) whose dense kernel is nearest to ``target``.
+    """Return the taps (C, local) and (C, far) whose dense kernel is nearest to ``target``.
 
-    ``target`` is (C, K), each channel of norm 1 or 0.
-
-    By alternating least squares: with the one part fixed, the dense kernel is
-    linear in the other. It ends in local minima, so that the best of several
-    starts counts. They are the singular vectors of a matrix (local, far), in
-    which each pixel of the target is shared equally among the products of taps
-    that lie on it.
+    ``target`` is (C, K), each channel of norm 1 or 0. By alternating least squares: with
+    one part fixed, the dense kernel is linear in the other. It ends in local minima, so
+    that the best of several starts counts: the singular vectors of a matrix (local, far)
+    in which each pixel is shared equally among the products of taps that lie on it.
     """
     i, j = torch.arange(local)[:, None], torch.arange(far)
     pixels = i + dilation * j  # on which the product of two taps lies, (local, far)

@@ -1,13 +1,8 @@
-"""Optimizing: layer-wise learning-rate decay, and mixed precision on a CPU."""
+"""Layer-wise learning-rate decay."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 
@@ -15,10 +10,9 @@ from torch import nn
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's default constructor, with smaller rates for earlier layers.
 
-    For any model whose ``backbone`` has ``get_layer_depth`` (see
-    `LSKAVAN.get_layer_depth`). mmpretrain's constructor asks the whole model
-    for that method, which only classifiers have; those of mmdet and mmseg know
-    a few backbones by their class names. In a config:
+    For any model whose ``backbone`` has ``get_layer_depth``. mmpretrain's constructor
+    asks the whole model for that method, which only classifiers have; those of mmdet
+    and mmseg know a few backbones by their class names. In a config:
 
         optim_wrapper = dict(
             constructor='LayerDecayOptimWrapperConstructor',
@@ -71,33 +65,3 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             f'learning rates from {min(rates):.3g} to {max(rates):.3g}',
             logger='current',
         )
-
-
-@OPTIM_WRAPPERS.register_module()
-class AutocastOptimWrapper(OptimWrapper):
-    """Mixed precision without a loss scale, on any device.
-
-    MMEngine's AmpOptimWrapper refuses a CPU, whose mixed precision is bfloat16:
-    it has the range of float32, so that gradients need no scale. Takes the
-    arguments of MMEngine's OptimWrapper, and ``dtype``, a name in torch.
-    """
-
-    def __init__(self, dtype: str = 'bfloat16', **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.dtype: torch.dtype = getattr(torch, dtype)
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """The context of the forward pass.
-
-        Raises:
-            TypeError: If the model has an operator without this type.
-            RuntimeError: PyTorch's own, where it has no mixed precision in it.
-        """
-        if get_device() == 'cpu' and hasattr(getattr(model, 'module', model), 'roi_head'):
-            raise TypeError(
-                "mmcv's RoIAlign has no bfloat16 on a CPU: train this detector without --amp, "
-                'or on a GPU.'
-            )
-        with super().optim_context(model), torch.autocast(get_device(), self.dtype):
-            yield

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
 from .gate import read_state
+from .names import CheckpointError
 
 _DENSE = re.compile(r'(backbone\.block.+\.spatial_gating_unit)\.(conv0|conv_spatial)\.(\w+)')
 _PAIRS = dict(conv0=('conv0h', 'conv0v'), conv_spatial=('conv_spatial_h', 'conv_spatial_v'))
@@ -26,13 +26,12 @@ def separate_kernels(
 
     Args:
         state_dict: Of a backbone with ``attention='LKA'`` or ``'LKA-trivial'``,
-            or a model that has one, in any of the layouts of
-            `lska_mm.checkpoint`.
+            or a model that has one, in any layout.
 
     Returns:
-        The tensors for ``'LSKA'`` or ``'LSKA-trivial'``, under the names of this
-        package's classifiers, and for each 2-D convolution, by name, the share
-        of its energy (sum of squares over all channels) that is kept.
+        The tensors for ``'LSKA'`` or ``'LSKA-trivial'``, under this package's names,
+        and for each 2-D convolution, by name, the share of its energy (sum of squares
+        over all channels) that is kept.
 
     Raises:
         CheckpointError: If these are not the tensors of such a network.

@@ -1,6 +1,6 @@
 """Train and validate for a long time, and look at what that takes from the system.
 
-    python tools/analysis_tools/soak.py CONFIG [--minutes 60] [--runners 4] --out DIR
+    python .dev_scripts/soak.py CONFIG [--minutes 60] [--runners 4] --out DIR
 
 A Runner trains until its share of the time is over; the next, in the same
 process, resumes from its last checkpoint. The schedule of the config is
@@ -32,7 +32,7 @@ import psutil
 from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 
-from lska_mm.launch import build_runner, report_errors, resume
+from lska_mm.cli import build_runner, report_errors
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -150,7 +150,9 @@ def soak(cfg: Config, sampler: Sampler, seconds: float, runners: int) -> int:
     for sampler.runner in range(1, runners + 1):
         sampler.end = sampler.begin + seconds * sampler.runner / runners
         turn = cfg.copy()
-        runner = build_runner(turn, resume(turn, 'auto') if sampler.runner > 1 else None)
+        turn.resume = sampler.runner > 1
+        turn.experiment_name = f'soak-{sampler.runner}'  # MMEngine keeps its logs by this name
+        runner = build_runner(turn)
         runner.register_hook(sampler)
         runner.train()
         del runner

@@ -1,6 +1,6 @@
 """Count parameters and multiply-adds of every config, and write them down.
 
-    python tools/analysis_tools/metafile.py [--check]
+    python .dev_scripts/metafile.py [--check]
 
 writes configs/*/metafile.yml and the tables of docs/model_zoo.md; with --check
 it changes nothing and fails if they are out of date.
@@ -24,9 +24,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lska_mm.launch import report_errors
+from lska_mm.cli import markdown, report_errors
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TASKS = dict(
     classification=dict(
         task='Image Classification', dataset='ImageNet-1k', metrics=['Top 1 Accuracy'],
@@ -129,7 +129,7 @@ def make_table(task: str, metafile: dict) -> str:
     about = TASKS[task]
     height, width = about['size']
     head = ['config', 'parameters (M)', f'multiply-adds at {width} x {height} (G)']
-    rows = [[*head, *about['metrics']], ['---'] * (3 + len(about['metrics']))]
+    rows = [[*head, *about['metrics']]]
     for model in metafile['Models']:
         metadata = model['Metadata']
         link = f'[{model["Name"]}](../{model["Config"]})'
@@ -137,7 +137,7 @@ def make_table(task: str, metafile: dict) -> str:
         cells = ['' if number is None else f'{number / unit:.2f}' for number, unit in numbers]
         empty = [''] * len(about['metrics'])
         rows.append([link, *cells, *empty])
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return markdown(rows)
 
 
 def make_files() -> dict[Path, str]:

@@ -1,4 +1,8 @@
-"""Another kernel size: the same function where it can be, or the nearest."""
+"""Another kernel size: the same function where it can be, or the nearest.
+
+Sizes with the same dilation have the same local part, so that zeros at both ends of
+the far part make of one size a larger one that is the same function.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
 from ..models.lska import kernel_layout
 from .fit import fit_gate
 from .gate import Conv, centre, dense_kernel, read_gate, read_state, size_of
+from .names import CheckpointError
 
 _GATE = re.compile(r'(backbone\.block(\d+)\.\d+\.attn\.spatial_gating_unit\.)conv0h?\.weight')
 
@@ -27,8 +31,7 @@ def resize_kernels(
     is cut off is zero.
 
     Args:
-        state_dict: Of a backbone, or a model that has one, in any of the layouts
-            of `lska_mm.checkpoint`.
+        state_dict: Of a backbone, or a model that has one, in any layout.
         kernel_size: Of `LSKAVAN`: one for all stages, or a value a stage.
         nearest: Where a gate of that size cannot be the same, take the one whose
             dense kernels differ least from the old ones in the sum of squares.
@@ -36,9 +39,9 @@ def resize_kernels(
             near the border.
 
     Returns:
-        The tensors, under the names of this package's classifiers, and for each
-        gate that had to be fitted, by name, the error of each channel (C,): the
-        Frobenius norm of the difference of the dense kernels, relative to the old.
+        The tensors, under this package's names, and for each gate that had to be
+        fitted, by name, the error of each channel (C,): the Frobenius norm of the
+        difference of the dense kernels, relative to the old.
 
     Raises:
         CheckpointError: If these are not the tensors of an LSKA-VAN; if the
@@ -94,8 +97,8 @@ def _difference(old: list[Conv], new: list[Conv]) -> Tensor:
     """The relative error of each channel's dense kernel, (C,)."""
     kernels = [dense_kernel(old), dense_kernel(new)]
     side = max(kernel.shape[-1] for kernel in kernels)
-    ours, theirs = (centre(kernel[0], (side, side)).flatten(1) for kernel in kernels)
-    return (theirs - ours).norm(dim=1) / ours.norm(dim=1).clamp_min(1e-300)
+    before, after = (centre(kernel[0], (side, side)).flatten(1) for kernel in kernels)
+    return (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-300)
 
 
 def summarize_errors(errors: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,6 @@
 """Where the time of an inference or a training step goes, by operator.
 
-    python tools/analysis_tools/profile_ops.py --arch base --size 800x1216 [--train]
+    python .dev_scripts/profile_ops.py --arch base --size 800x1216 [--train]
 
 Prints milliseconds of `plain`, `default` and `deployed` (see benchmark.py),
 convolutions by their kernels. The profiler costs time itself, most where
@@ -8,12 +8,17 @@ operators are many and short.
 """
 
 import argparse
+import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmark import build, keep_heap, make_step, parse_size
+from lska_mm.cli import size
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools/analysis_tools'))
+from benchmark import build, keep_heap, make_step
 
 REPEATS = 3
 
@@ -49,7 +54,7 @@ def main():
     parser.add_argument('--arch', default='base', choices=['tiny', 'small', 'base'])
     parser.add_argument('--kernel-size', type=int, default=23)
     parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--size', type=parse_size, default=(800, 1216), metavar='HEIGHTxWIDTH')
+    parser.add_argument('--size', type=size, default=(800, 1216), metavar='HEIGHTxWIDTH')
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument('--top', type=int, default=12, help='operators to name')
     args = parser.parse_args()

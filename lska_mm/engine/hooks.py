@@ -1,0 +1,130 @@
+"""Hooks that configs name, and the one by which `tools/test.py` refuses random weights."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import nn
+
+from ..weights.match import load_whole, unwrap
+from ..weights.names import get_state_dict
+
+EXIT_CODE = 75  # sysexits.h: a failure after which one should try again
+
+
+class CheckWeightsHook(Hook):
+    """Refuse to test a checkpoint that leaves a part of the model random.
+
+    Raises:
+        CheckpointError: See `lska_mm.weights.match.load_whole`.
+    """
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Compare it with the model, before MMEngine loads what fits."""
+        load_whole(runner.model, get_state_dict(checkpoint), runner._load_from)
+
+
+@HOOKS.register_module()
+class CheckLabelsHook(Hook):
+    """Stop a segmentor at a label map that its classes do not cover.
+
+    Such a label is an index error on a CPU, a device assertion on a GPU, and goes
+    unnoticed in a test's mIoU.
+
+    Raises:
+        ValueError: Names the file, the labels in it, and those that are valid.
+    """
+
+    def _before_iter(self, runner, batch_idx, data_batch=None, mode='train') -> None:
+        """Check a batch for training, validation or test."""
+        head: Any = getattr(unwrap(runner.model), 'decode_head', None)
+        head = head[-1] if isinstance(head, nn.ModuleList) else head  # of a cascade
+        if not hasattr(head, 'num_classes') or not isinstance(data_batch, dict):
+            return
+        # One channel tells two classes apart.
+        num_classes = 2 if getattr(head, 'out_channels', None) == 1 else head.num_classes
+        samples = data_batch.get('data_samples') or []
+        for sample in samples if isinstance(samples, Sequence) else [samples]:
+            # Test-time augmentation has a list of views of an image here.
+            sample = sample[0] if isinstance(sample, Sequence) else sample
+            if 'gt_sem_seg' not in sample:
+                continue
+            labels = sample.gt_sem_seg.data
+            wrong = labels[(labels >= num_classes) & (labels != head.ignore_index)]
+            if len(wrong):
+                shift = (
+                    ', each one less than in the file (reduce_zero_label)'
+                    if sample.get('reduce_zero_label')
+                    else ''
+                )
+                raise ValueError(
+                    f'{sample.get("seg_map_path", "A label map")} has the labels '
+                    f'{torch.unique(wrong).tolist()}{shift}; the model has {num_classes} '
+                    f'classes: valid are 0 to {num_classes - 1}, and {head.ignore_index} for no '
+                    'class. Correct the file, or num_classes and the classes of the dataset.'
+                )
+
+
+@HOOKS.register_module()
+class SaveOnSignalHook(Hook):
+    """Save and end when a scheduler asks for it, before it kills.
+
+    After the step in which a process receives SIGTERM or SIGUSR1, rank 0 saves
+    what ``--resume`` goes on from, and all processes end with exit code 75. Workers
+    that load data pass over SIGUSR1, but end by SIGTERM, as torch has it.
+
+    Raises:
+        RuntimeError: If the training does not run in the main thread, where alone
+            signals can be received.
+    """
+
+    priority = 'LOWEST'  # after what other hooks do to model and schedule
+    signals = [s for s in signal.Signals if s.name in ('SIGTERM', 'SIGUSR1')]
+
+    def before_train(self, runner) -> None:
+        """Listen from now on."""
+        self.asked, self.group = torch.zeros(1, dtype=torch.int32), None
+        try:
+            self.handlers = {number: signal.signal(number, self._ask) for number in self.signals}
+        except ValueError:
+            raise RuntimeError(
+                'SaveOnSignalHook needs the main thread, where alone signals can be received: '
+                'train there, or take the hook out of custom_hooks.'
+            ) from None
+        if is_distributed():
+            self.group = dist.new_group(backend='gloo')  # on the host: no GPU has to wait
+
+    def _ask(self, number: int, frame) -> None:
+        self.asked.fill_(1)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Save and end, if any process was asked to."""
+        if self.group:
+            dist.all_reduce(self.asked, dist.ReduceOp.MAX, self.group)
+        if not self.asked:
+            return
+        name = f'iter_{runner.iter + 1}.pth'
+        runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
+        if is_main_process():
+            Path(runner.work_dir, 'last_checkpoint').write_text(str(Path(runner.work_dir, name)))
+        runner.logger.warning(
+            f'Asked to end: {runner.work_dir}/{name} is saved; go on with --resume. '
+            f'Exit code {EXIT_CODE}.'
+        )
+        if self.group:  # torchrun ends all when one has ended: not before it is saved
+            with suppress(RuntimeError):  # one has ended, and so had passed here
+                dist.barrier(self.group)
+        sys.exit(EXIT_CODE)
+
+    def after_train(self, runner) -> None:
+        """Listen no more."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,48 @@
+"""Architectures by name, and arguments that say something of each stage."""
+
+from collections.abc import Sequence
+
+ARCHS = dict(
+    tiny=dict(embed_dims=[32, 64, 160, 256], depths=[3, 3, 5, 2], ffn_ratios=[8, 8, 4, 4]),
+    small=dict(embed_dims=[64, 128, 320, 512], depths=[2, 2, 4, 2], ffn_ratios=[8, 8, 4, 4]),
+    base=dict(embed_dims=[64, 128, 320, 512], depths=[3, 3, 12, 3], ffn_ratios=[8, 8, 4, 4]),
+    large=dict(embed_dims=[64, 128, 320, 512], depths=[3, 5, 27, 3], ffn_ratios=[8, 8, 4, 4]),
+)
+
+
+def parse_arch(arch: str | dict) -> dict:
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(
+                f'arch={arch!r} is unknown; valid: {", ".join(ARCHS)}, '
+                'or a dict of embed_dims, depths and ffn_ratios.'
+            )
+        return ARCHS[arch]
+    keys = list(ARCHS['tiny'])
+    if set(arch) != set(keys):
+        raise ValueError(f'arch needs the keys {keys}, got {sorted(arch)}.')
+    if len({len(arch[key]) for key in keys}) != 1 or not arch['depths']:
+        lengths = ', '.join(f'{key}: {len(arch[key])}' for key in keys)
+        raise ValueError(f'arch needs lists of equal length, a value a stage; got {lengths}.')
+    return dict(arch)
+
+
+def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> Sequence[int]:
+    if not isinstance(kernel_size, (list, tuple)):
+        return [kernel_size] * num_stages  # type: ignore[list-item]
+    if len(kernel_size) != num_stages:
+        raise ValueError(
+            f'kernel_size={list(kernel_size)} has {len(kernel_size)} values, the arch has '
+            f'{num_stages} stages; give one for all stages, or one a stage.'
+        )
+    return kernel_size
+
+
+def parse_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    valid = range(-num_stages, num_stages)
+    if not out_indices or any(i not in valid for i in out_indices):
+        raise ValueError(
+            f'out_indices={tuple(out_indices)} is out of range; the '
+            f'{num_stages} stages are 0 to {num_stages - 1}.'
+        )
+    return tuple(i % num_stages for i in out_indices)

@@ -1,0 +1,1 @@
+"""Everything about checkpoints: names, reading, matching, and other kernels."""

@@ -1,0 +1,103 @@
+"""What MMEngine reads checkpoints with: files, and the URLs ``http://`` and ``https://``."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import barrier, get_rank
+
+from .names import CheckpointError, RefusedError, convert_state_dict, get_state_dict
+from .reader import read
+
+# torch's own names
+TRUST, DISTRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+# The first convolution of a separable gate: no other network has one.
+_SEPARABLE = re.compile(
+    r'(module\.)*blocks?1\.0\.attn\.spatial_gating_unit\.(conv0h|DW_conv_h)\.weight'
+)
+
+
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """Read a checkpoint file without running code that it may carry.
+
+    Serves ``Pretrained``, ``load_from``, ``--resume`` and `init_detector`. An
+    LSKA-VAN in the published layout comes back under this package's names, so
+    that detectors and segmentors can start from it by its path alone.
+
+    Args:
+        filename: A file that `torch.save` wrote.
+        map_location: As for `torch.load`.
+
+    Raises:
+        OSError: If there is no such file.
+        CheckpointError: If the file is damaged, or names functions that could
+            run code; setting ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` trusts it.
+    """
+    path = os.path.expanduser(filename)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f'No checkpoint at {path}. Put the weights there, or name others: in a config '
+            'model.backbone.init_cfg.checkpoint (None starts from random weights) or load_from. '
+            'Our configs look in the folder of LSKA_PRETRAINED, or "pretrained".'
+        )
+    trusted, distrusted = (
+        os.environ.get(name, '').lower() in ('1', 'y', 'yes', 'true') for name in (TRUST, DISTRUST)
+    )
+    refusal = pickle.UnpicklingError if distrusted else RefusedError
+    try:
+        if trusted or distrusted:
+            checkpoint = torch.load(path, map_location, weights_only=distrusted)
+        else:
+            checkpoint = read(path, map_location)
+    except Exception as error:  # of any kind: the bytes may be anything
+        reason = str(error)[:300].encode('unicode_escape').decode()
+        if isinstance(error, refusal):
+            raise CheckpointError(
+                f'{path} was refused: it holds {reason}, and loading that could run code. If you '
+                f'trust whoever made the file, set {TRUST}=1 for this one command.'
+            ) from None
+        raise CheckpointError(
+            f'{path} is damaged, or not a checkpoint of torch.save '
+            f'({type(error).__name__}: {reason}).'
+        ) from error
+    state_dict = get_state_dict(checkpoint)
+    if any(_SEPARABLE.fullmatch(str(key)) for key in state_dict):
+        converted = convert_state_dict(state_dict, path)
+        wrapped = state_dict is not checkpoint
+        checkpoint = {**checkpoint, 'state_dict': converted} if wrapped else converted
+    return checkpoint
+
+
+def load_from_http(
+    filename: str,
+    map_location: Any = None,
+    model_dir: str | None = None,
+    progress: bool = os.isatty(0),
+) -> Any:
+    """Download a checkpoint, unless it was before, and read it as `load_from_local` does.
+
+    Takes and does what MMEngine's function of this name takes and does.
+
+    Raises:
+        OSError: If it cannot be downloaded.
+        CheckpointError: As `load_from_local`; names the URL and the file.
+    """
+    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
+    path = folder / Path(urlparse(filename).path).name
+    for turn in (get_rank() == 0, True):  # the others use what the first has downloaded
+        if turn and not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(filename, str(path), progress=progress)
+        barrier()
+    try:
+        return load_from_local(str(path), map_location)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f'{error} It is from {filename}; delete it to download it again.'
+        ) from None

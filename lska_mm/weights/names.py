@@ -1,0 +1,87 @@
+"""Convert tensor names from any published layout to ours.
+
+Layouts met in the wild, all of which load without a flag:
+
+1. the ImageNet files of arXiv:2309.01439: ``block1.0.attn.spatial_gating_unit
+   .conv0h``, ``head``; sometimes behind ``module.``;
+2. the same authors' detection and segmentation copies: ``blocks1``,
+   ``DW_conv_h``, ``patch_embed1.projection``;
+3. VAN in mmpretrain: ``DW_conv``, ``DW_D_conv`` (``attention='LKA'``);
+4. classifiers, detectors and segmentors of this package: ``backbone.``.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; says what was found and expected."""
+
+
+class RefusedError(Exception):
+    """Names what a file must not bring along."""
+
+
+# A tensor of the backbone, at the top of a file or behind `backbone.`.
+_BACKBONE_KEY = re.compile(r'(?:backbone\.)?((?:patch_embed|blocks?|norm)\d+\..+)')
+_RENAMES = (
+    (r'^blocks(\d)', r'block\1'),
+    (r'^(patch_embed\d+)\.projection\.', r'\1.proj.'),
+    (r'\.dwconv(\.dwconv)+(?=\.)', '.dwconv'),
+    (r'\.DW_D_conv(_[hv])?(?=\.)', r'.conv_spatial\1'),
+    (r'\.DW_conv_?([hv]?)(?=\.)', r'.conv0\1'),
+)
+
+
+def convert_key(key: str) -> str:
+    """Convert the name of a tensor to the layout of this package's classifiers.
+
+    Names that belong to neither a backbone nor a published linear head only lose
+    ``module.``. Converting twice changes nothing more.
+    """
+    key = re.sub(r'^(module\.)+', '', key)
+    match = _BACKBONE_KEY.fullmatch(key)
+    if match:
+        key = match[1]
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        return f'backbone.{key}'
+    return re.sub(r'^head\.(weight|bias)$', r'head.fc.\1', key)
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], source: str = '') -> dict[str, Any]:
+    """Rename every tensor as `convert_key` says; drop and change none.
+
+    Args:
+        state_dict: Tensors in any of the layouts.
+        source: The file that they are from, for errors to begin with.
+
+    Raises:
+        CheckpointError: If two tensors would get the same name, or a name is
+            not text.
+    """
+    where = f'{source}: ' if source else ''
+    converted: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f'{where}The name of a tensor is {key!r:.100}, not text.')
+        name = convert_key(key)
+        if name in converted:
+            raise CheckpointError(
+                f'{where}{sources[name]} and {key} are both {name}; the file mixes two layouts.'
+            )
+        converted[name] = value
+        sources[name] = key
+    return converted
+
+
+def get_state_dict(checkpoint: Any) -> Mapping[str, Tensor]:
+    """Return the weights in a checkpoint: wrapped in ``state_dict``, or bare."""
+    if not isinstance(checkpoint, Mapping):
+        return {}
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    return state_dict if isinstance(state_dict, Mapping) else {}
