@@ -5,10 +5,12 @@ The reference folder holds what the published implementation computes: see
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,16 +24,18 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from lska_mm import LSKAVAN  # registers it too
+from reference.build_state import build_image, build_state
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (
-    'demo', 'tests/reference', 'tools/analysis_tools', 'tools/dataset_converters',
-    'tools/deployment', 'tools/visualization',
-)  # fmt: skip
-sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
-from build_state import build_image, build_state  # noqa: E402
-
 REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')
+
+
+def load_tool(name):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def published_state(arch='tiny', kernel_size=23):
@@ -230,6 +234,30 @@ def run(preloaded):
         return printed
 
     return _run
+
+
+@pytest.fixture
+def popen(tmp_path):
+    """Begin a command in the repository; returns the process, and the file for what it prints."""
+    processes = []
+
+    def _popen(*command, **env):
+        environ = {**os.environ, **env}
+        environ['PATH'] = f'{Path(sys.executable).parent}:{environ["PATH"]}'
+        log = tmp_path / 'log.txt'
+        with log.open('a') as file:
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True,
+            )  # fmt: skip
+        processes.append(process)
+        return process, log
+
+    yield _popen
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope='session')

@@ -6,6 +6,8 @@ a script runs as by `python script.py`. Nothing of this project is imported here
 the toolboxes: that is left to the script.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -18,6 +20,10 @@ import mmengine.runner  # noqa: F401
 import pycocotools.coco  # noqa: F401
 import torchvision  # noqa: F401
 
+for name in ('imagecorruptions', 'imgaug.augmenters', 'scipy.stats', 'sklearn.datasets'):
+    with contextlib.suppress(ImportError):  # what a toolbox needs on some stack
+        importlib.import_module(name)
+
 
 def run(job: dict) -> None:
     """Become the script."""
@@ -28,7 +34,8 @@ def run(job: dict) -> None:
     os.environ.clear()
     os.environ.update(job['environ'])
     sys.argv = job['argv']
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    added = job['environ'].get('PYTHONPATH', '').split(os.pathsep)
+    sys.path[:1] = [str(Path(sys.argv[0]).resolve().parent), *filter(None, added)]
     runpy.run_path(sys.argv[0], run_name='__main__')
 
 

@@ -4,27 +4,22 @@ import json
 
 import pytest
 
-import benchmark
-
 
 @pytest.fixture
-def main(monkeypatch, tmp_path):
+def benchmark(run, tmp_path):
     """Run the benchmark for a moment, by default with nothing to object to."""
-    monkeypatch.setattr(benchmark, 'BUSY', 101)
-    monkeypatch.setattr(benchmark, 'SPREAD', 100)
-    monkeypatch.setattr(benchmark, 'SIDE', 256)
 
-    def _main(*more):
-        command = ['benchmark.py', '--sizes', '32x64', '--seconds', '0.01', '--out', str(tmp_path)]
-        monkeypatch.setattr('sys.argv', [*command, *more])
-        return benchmark.main()
+    def _benchmark(*more, code=0):
+        words = ['--sizes', '32x64', '--seconds', 0.01, '--max-busy', 101, '--max-spread', 100]
+        tool = 'tools/analysis_tools/benchmark.py'
+        return run('python', tool, *words, '--out', tmp_path, *more, code=code)
 
-    return _main
+    return _benchmark
 
 
 @pytest.mark.parametrize('train', [False, True])
-def test_table_json_and_plot(main, tmp_path, train):
-    assert main('--kernel-sizes', '7', '11', *(['--train'] if train else [])) == 0
+def test_table_json_and_plot(benchmark, tmp_path, train):
+    benchmark('--kernel-sizes', 7, 11, *(['--train'] if train else []))
     rows = json.loads((tmp_path / 'benchmark.json').read_text())
     models = ['plain', 'default', 'with_cp' if train else 'deployed', 'van']
     assert [(row['kernel_size'], row['model']) for row in rows] == [
@@ -39,8 +34,8 @@ def test_table_json_and_plot(main, tmp_path, train):
     assert (tmp_path / 'benchmark.png').exists()
 
 
-def test_onnx_and_several_runs(main, tmp_path):
-    assert main('--kernel-sizes', '7', '--onnx', '--runs', '2') == 0
+def test_onnx_and_several_runs(benchmark, tmp_path):
+    benchmark('--kernel-sizes', 7, '--onnx', '--runs', 2)
     rows = json.loads((tmp_path / 'benchmark.json').read_text())
     models = ['plain', 'default', 'deployed', 'van', 'onnx-plain', 'onnx-deployed']
     assert [row['model'] for row in rows] == models
@@ -48,24 +43,18 @@ def test_onnx_and_several_runs(main, tmp_path):
     assert ' to ' in (tmp_path / 'benchmark.md').read_text()
 
 
-def test_onnx_in_training_is_refused(main, capsys):
-    with pytest.raises(SystemExit, match='2'):
-        main('--onnx', '--train')
-    assert '--onnx is for inference on a CPU' in capsys.readouterr().err
+def test_onnx_in_training_is_refused(benchmark):
+    assert '--onnx is for inference on a CPU' in benchmark('--onnx', '--train', code=2)
 
 
-def test_a_busy_machine_is_refused(main, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, 'BUSY', -1)
-    assert main() == 1
-    assert 'of the CPUs are busy' in capsys.readouterr().err
+def test_a_busy_machine_is_refused(benchmark, tmp_path):
+    assert 'of the CPUs are busy' in benchmark('--max-busy', -1, code=1)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wide_spread_is_refused(main, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, 'SPREAD', 0)
-    monkeypatch.setattr(benchmark, 'TRIES', 3)
-    assert main() == 1
-    errors = capsys.readouterr().err
-    assert errors.count('plain, tiny k=7: times vary by') == benchmark.TRIES
-    assert errors.count('Measuring again') == benchmark.TRIES - 1
+def test_a_wide_spread_is_refused(benchmark, tmp_path):
+    """After five measurements."""
+    printed = benchmark('--max-spread', 0, '--kernel-sizes', 7, code=1)
+    assert printed.count('plain, tiny k=7: times vary by') == 5
+    assert printed.count('Measuring again') == 4
     assert not list(tmp_path.iterdir())

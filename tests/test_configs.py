@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from conftest import DATA, ROOT, train_one_step
-from lska_mm.models.lska_van import ARCHS
+from lska_mm.models.archs import ARCHS
 
 CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
 PLUGIN = ROOT / 'configs/detection/retinanet_r50-lska_fpn_1x_coco.py'
@@ -69,6 +69,7 @@ def test_detection_recipe(path):
     cfg = Config.fromfile(path)
     name = re.fullmatch(NAMES['detection'], path.stem)
     assert cfg.model.type == DETECTORS[name['head']]
+    assert cfg.custom_hooks == [dict(type='NumClassCheckHook')]
     widths = WIDTHS[name['arch']]
     assert cfg.model.neck.in_channels == [widths[i] for i in cfg.model.backbone.out_indices]
     assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
@@ -94,6 +95,7 @@ def test_plugin_is_all_that_differs_from_mmdet_s_config(tmp_path):
     (tmp_path / 'plain.py').write_text("_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'")
     cfg = Config.fromfile(PLUGIN).to_dict()
     assert cfg.pop('custom_imports') == dict(imports=['lska_mm'], allow_failed_imports=False)
+    assert cfg.pop('custom_hooks') == [dict(type='NumClassCheckHook')]
     (plugin,) = cfg['model']['backbone'].pop('plugins')
     assert (plugin['cfg']['type'], plugin['cfg']['kernel_size']) == ('LSKA', 23)
     frozen = cfg['model']['backbone']['frozen_stages']
@@ -107,6 +109,7 @@ def test_segmentation_recipe(path):
     name = re.fullmatch(NAMES['segmentation'], path.stem)
     widths, iters = WIDTHS[name['arch']], int(name['k_iters']) * 1000
     assert cfg.sync_bn == 'torch'
+    assert cfg.custom_hooks == [dict(type='CheckLabelsHook')]
     assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == iters
     assert cfg.param_scheduler[-1].type == 'PolyLR'
     assert cfg.train_dataloader.dataset.type == 'ADE20KDataset'

@@ -2,7 +2,6 @@
 
 import json
 
-import export_onnx
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,7 +10,17 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import REFERENCE, ROOT, published, reference_error, reference_image, small
+from conftest import (
+    REFERENCE,
+    ROOT,
+    load_tool,
+    published,
+    reference_error,
+    reference_image,
+    small,
+)
+
+export_onnx = load_tool('tools/deployment/export_onnx.py')
 
 DETECTOR = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 CLASSIFIER = 'configs/classification/lska-van-tiny_4xb128_in1k.py'

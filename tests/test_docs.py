@@ -56,7 +56,7 @@ COMMANDS = {
         f'python tools/train.py {MASK_RCNN}': (
             [*ONE_EPOCH, *FEWER_REGIONS], 'Epoch(val) [1][1/1]',
         ),
-        f'bash tools/dist_train.sh {RETINANET} 2': (ONE_EPOCH, 'world size 2'),
+        f'bash tools/dist_train.sh {RETINANET} 2': (ONE_EPOCH, 'GPU number: 2'),
         f'python tools/test.py {MASK_RCNN} {MASK_RCNN_CHECKPOINT}': (
             TEST_SHORT, 'Epoch(test) [1/1]',
         ),
@@ -116,9 +116,6 @@ COMMANDS = {
         'python tools/train.py demo/lska-van-tiny_fpn_nuclei.py --resume': (
             ['--cfg-options', *SEGMENTOR_SHORT], 'resumed epoch: 0, iter: 1',
         ),
-        'python tools/train.py demo/lska-van-tiny_fpn_nuclei.py --cfg-options max_bad_images=10': (
-            SEGMENTOR_SHORT, 'Iter(val) [1/1]',
-        ),
     },
     'docs/model_zoo.md': {},
     'docs/pictures.md': {
@@ -152,7 +149,7 @@ COMMANDS = {
         'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth segmentor.onnx --size 128x128': (
             [], 'written to segmentor.onnx',
         ),
-        'python tools/analysis_tools/profile_ops.py --arch base --size 800x1216': (
+        'python .dev_scripts/profile_ops.py --arch base --size 800x1216': (
             ['--arch', 'tiny', '--size', '64x64'], 'depth-wise 3x3 convolution',
         ),
     },

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 
 def test_metafiles_and_tables_are_up_to_date(run):
-    run('python', 'tools/analysis_tools/metafile.py', '--check')
+    run('python', '.dev_scripts/metafile.py', '--check')
 
 
 def test_numbers_of_the_paper_s_models():

@@ -1,5 +1,7 @@
-"""Installing and importing."""
+"""Installing, importing, and the shape of the package."""
 
+import ast
+import graphlib
 import shutil
 import stat
 import zipfile
@@ -28,6 +30,105 @@ def test_importing_needs_no_toolbox(run):
     assert not {'mmdet', 'mmseg', 'mmpretrain'} & set(modules)
 
 
+UNCHANGED = """
+import mmengine.config, mmengine.fileio, mmengine.registry, mmengine.runner
+import mmengine.hooks, mmengine.logging, mmengine.model, mmengine.optim, mmengine._strategy
+import mmcv.cnn, mmcv.transforms, torch, torch.distributed.fsdp, torch.hub, torch.serialization
+import signal, sys
+
+def look():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.split('.')[0] in ('mmengine', 'mmcv', 'torch', 'pickle', 'argparse', 'numpy'):
+            for key, value in list(vars(module).items()):
+                found[name, key] = value
+                if isinstance(value, type) and value.__module__.startswith(('mmengine', 'mmcv')):
+                    found.update({(name, key, k): v for k, v in vars(value).items()})
+    for key, registry in vars(mmengine.registry).items():
+        if isinstance(registry, mmengine.registry.Registry):
+            found.update({(key, name): kind for name, kind in registry.module_dict.items()})
+    backends = mmengine.fileio.backends.registry_utils
+    found.update({('backends', k): v for k, v in backends.backends.items()})
+    found.update({('prefixes', k): v for k, v in backends.prefix_to_backends.items()})
+    found.update({('signal', n): signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)})
+    return found
+
+before = look()
+schemes = dict(mmengine.runner.CheckpointLoader._schemes)
+import lska_mm
+after = look()
+changed = [k for k in before if after.get(k) is not before[k] and k[-1] != '_schemes']
+mine = {k for k, v in mmengine.runner.CheckpointLoader._schemes.items() if schemes.get(k) is not v}
+print('looked at', len(before), 'changed:', *changed)
+print('schemes:', *sorted(mine))
+for key in (
+    ('mmengine.runner.checkpoint', 'load_url'), ('mmengine.config', 'Config', '_get_cfg_path'),
+    ('backends', 'local'), ('prefixes', ''),
+):
+    assert key in before, key
+"""
+
+
+def test_importing_changes_nothing(run):
+    """No attribute of another package, no name in a registry, no backend, no signal."""
+    looked, schemes = run('python', '-c', UNCHANGED).splitlines()[-2:]
+    print(looked, schemes, sep='\n')
+    assert int(looked.split()[2]) > 10_000
+    assert looked.endswith('changed:')
+    assert schemes == 'schemes:  http:// https://'
+
+
+# --- The shape of the package ----------------------------------------------------
+
+MODULES = {
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path
+    for path in (ROOT / 'lska_mm').rglob('*.py')
+    if '.mim' not in path.parts
+}
+
+
+def imports(name):
+    """The modules of the package that a module names, and the packages that these lie in."""
+    package = name if MODULES[name].name == '__init__.py' else name.rpartition('.')[0]
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package.rsplit('.', node.level - 1)[0]
+            module = f'{base}.{node.module}' if node.module else base
+            found |= {module, *(f'{module}.{alias.name}' for alias in node.names)}
+    found = {module for module in found if module in MODULES}
+    around = {module.rpartition('.')[0] for module in found}
+    return {m for m in found | around if m not in ('lska_mm', package) or m in found} - {name}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: imports(name) for name in MODULES}
+    assert sum(map(len, graph.values())) > 30
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+@pytest.mark.parametrize(
+    ('package', 'allowed'),
+    [
+        ('lska_mm.models', {'lska_mm.models', 'lska_mm.weights.names', 'lska_mm.weights.match'}),
+        ('lska_mm.weights', {'lska_mm.weights', 'lska_mm.models.archs', 'lska_mm.models.lska'}),
+    ],
+)
+def test_packages_know_only_what_is_below_them(package, allowed):
+    packages = {'lska_mm', 'lska_mm.models', 'lska_mm.weights'}
+    for name in MODULES:
+        if name.startswith(package):
+            others = {m for m in imports(name) if not m.startswith(package)}
+            assert others <= allowed | packages, name
+
+
+def test_modules_are_short():
+    lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert max(lines.values()) <= 300
+    assert sum(lines.values()) <= 2600
+    assert lines['lska_mm.weights.reader'] <= 120
+
+
 def test_importing_twice_registers_once(run):
     run('python', '-c', 'import lska_mm, importlib; importlib.reload(lska_mm)')
 
@@ -47,7 +148,7 @@ def test_requirements_agree_with_each_other(run):
 
 
 CONFIG = """
-_base_ = 'lska_mm::detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'
+_base_ = __import__('lska_mm').config('detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py')
 model = dict(backbone=dict(init_cfg=None), train_cfg=dict(rcnn=dict(sampler=dict(num=16))))
 loader = dict(num_workers=0, persistent_workers=False)
 train_dataloader = val_dataloader = test_dataloader = loader
@@ -99,18 +200,24 @@ def test_a_wheel_trains_away_from_the_clone(run, coco, tmp_path):
     ],
 )
 def test_a_config_elsewhere_inherits(name, tmp_path):
-    (tmp_path / 'my_config.py').write_text(f"_base_ = 'lska_mm::{name}'\n")
+    text = f"_base_ = __import__('lska_mm').config('{name}')\n"
+    (tmp_path / 'my_config.py').write_text(text)
     inherited = Config.fromfile(tmp_path / 'my_config.py')
     cfg = Config.fromfile(ROOT / 'configs' / name)
     assert inherited.to_dict() == cfg.to_dict()
 
 
 def test_a_base_that_is_not_there(tmp_path):
-    (tmp_path / 'my_config.py').write_text("_base_ = 'lska_mm::detection/none.py'\n")
-    with pytest.raises(FileNotFoundError, match=r'lska_mm::detection/none\.py: no such config in'):
+    nearest = 'detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
+    with pytest.raises(
+        FileNotFoundError, match=rf'has no config {nearest[:-4]}; the nearest .*{nearest}'
+    ):
+        lska_mm.config(nearest[:-4])
+    (tmp_path / 'my_config.py').write_text(
+        f"_base_ = __import__('lska_mm').config('{nearest[1:]}')"
+    )
+    with pytest.raises(FileNotFoundError, match=nearest):
         Config.fromfile(tmp_path / 'my_config.py')
-    with pytest.raises(AssertionError, match='does not support to load nothing config'):
-        Config._get_cfg_path('nothing::detection/none.py', 'my_config.py')
 
 
 @pytest.mark.parametrize('stack', ['onedl', 'openmmlab', 'newest'])

@@ -5,14 +5,16 @@ import os
 import re
 
 import pytest
-from soak import growth
 
+from conftest import load_tool
 from trainings import segmentor
+
+growth = load_tool('.dev_scripts/soak.py').growth
 
 
 def soak(run, config, folder, minutes, *arguments):
     return run(
-        'python', 'tools/analysis_tools/soak.py', config, '--minutes', minutes, '--out',
+        'python', '.dev_scripts/soak.py', config, '--minutes', minutes, '--out',
         folder, *arguments, OMP_NUM_THREADS='1',
     )  # fmt: skip
 
@@ -43,7 +45,7 @@ def test_a_short_soak(run, nuclei, tmp_path):
     ],
 )
 def test_wrong_arguments(arguments, message, code, run, tmp_path):
-    command = ['python', 'tools/analysis_tools/soak.py', *arguments, '--out', tmp_path / 'out']
+    command = ['python', '.dev_scripts/soak.py', *arguments, '--out', tmp_path / 'out']
     assert message in run(*command, code=code)
 
 

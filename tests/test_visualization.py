@@ -1,26 +1,18 @@
-"""What the pictures and comparisons show, against closed forms; and how they are made."""
+"""What the pictures show, against closed forms; and how they are made."""
 
-import csv
-import json
 import math
-from pathlib import Path
 
 import mmcv
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, init_default_scope
 from torch import nn
 
-import attention
-import benchmark
-import compare_kernels
-import cue_conflict
-import erf
-import shape_bias
-from conftest import ROOT, SMALL, small
-from lska_mm import LSKA, LSKAVAN
+from conftest import ROOT, SMALL, load_tool, small
+from lska_mm import LSKA
 from lska_mm.models.lska import ATTENTIONS
+
+erf = load_tool('tools/visualization/erf.py')
+attention = load_tool('tools/visualization/attention.py')
 
 CONFIG = f"""
 default_scope = 'mmpretrain'
@@ -281,120 +273,3 @@ def test_only_lska_van_has_gates(main, files):
     code, printed = main(attention, *words)
     assert code == 1
     assert 'attention.py: The backbone is ResNet; drawn are gates of LSKAVAN.' in printed
-
-
-# --- Kernels compared ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize('attention', ATTENTIONS)
-def test_network_field_is_where_gradients_end(attention):
-    arch = dict(embed_dims=[8, 8], depths=[1, 1], ffn_ratios=[1, 1])
-    torch.manual_seed(0)
-    backbone = LSKAVAN(arch, 7, attention, out_indices=(1,)).double().eval()
-    field = erf.effective_receptive_field(backbone, torch.rand(1, 3, 160, 160).double())
-    rows, columns = (field > 0).nonzero(as_tuple=True)
-    sides = [int(places.max() - places.min()) + 1 for places in (rows, columns)]
-    # Stride 4: 7, gate 6 x 4, MLP 2 x 4; 2 x 4 more and stride 8: 6 x 8, 2 x 8.
-    assert [compare_kernels.network_field(backbone)] * 2 == sides == [111, 111]
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """No objection to a busy machine, and small images of noise."""
-    monkeypatch.setattr(benchmark, 'BUSY', 101)
-    monkeypatch.setattr(benchmark, 'SPREAD', 100)
-    monkeypatch.setattr(compare_kernels, 'NOISE', (1, 3, 64, 64))
-    return ['--size', '64x64', '--seconds', '0.01', '--kernel-sizes', '7', '11']
-
-
-@pytest.mark.parametrize('more', [[], ['--no-time']])
-def test_compare_kernels(main, quick, tmp_path, more):
-    gates = ['LSKA', 'LKA'] if more else ['LKA-trivial']
-    words = [*quick, '--attentions', *gates, '--out', tmp_path / 'out', *more]
-    code, printed = main(compare_kernels, *words)
-    assert code == 0, printed
-    out = tmp_path / 'out/compare_kernels'
-    rows = json.loads(out.with_suffix('.json').read_text())
-    expected = [(gate, k) for gate in gates for k in (7, 11)]
-    assert [(row['attention'], row['kernel_size']) for row in rows] == expected
-    assert all(('milliseconds' in row) == (not more) for row in rows)
-    assert all(row['gate_field'] == row['kernel_size'] for row in rows)
-    with out.with_suffix('.csv').open(newline='') as file:
-        assert [row['saved_bytes'] for row in csv.DictReader(file)] == [
-            str(row['saved_bytes']) for row in rows
-        ]
-    table = out.with_suffix('.md').read_text()
-    assert table in printed
-    assert table.count('\n') == 2 + len(rows)
-    assert is_picture(out.with_suffix('.png'))
-
-
-def test_compare_kernels_refuses_a_busy_machine(main, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, 'BUSY', -1)
-    code, printed = main(compare_kernels, *quick, '--out', tmp_path / 'out')
-    assert code == 1
-    assert 'compare_kernels.py: ' in printed
-    assert '--no-time' in printed
-    assert not (tmp_path / 'out').exists()
-
-
-# --- Shape bias ----------------------------------------------------------------------
-
-HEAD = 'subj,session,trial,rt,object_response,category,condition,imagename\n'
-
-
-def test_shape_bias(main, tmp_path):
-    """Of a model's six conflicts: three by shape, one by texture, two by neither."""
-    answers = ['cat', 'cat', 'dog', 'car', 'oven', 'dog', 'cat']
-    images = ['cat1-dog2', 'cat2-dog1', 'cat3-dog1', 'cat1-bear3', 'dog1-cat2', 'dog9-cat1',
-              'cat1-cat2']  # fmt: skip
-    lines = [f'net,1,{i},NaN,{answer},{image[:3]},NaN,{image}.png\n'
-             for i, (answer, image) in enumerate(zip(answers, images))]  # fmt: skip
-    (tmp_path / 'net.csv').write_text(HEAD + ''.join(lines))
-    people = [f'subject-0{i},1,1,.5,cat,cat,0,0001_cue_dnn_0_cat_00_cat1-dog2.png\n' for i in '12']
-    (tmp_path / 'people.csv').write_text(HEAD + ''.join(people))
-    words = [tmp_path / 'net.csv', tmp_path / 'people.csv', '--out', tmp_path / 'out/bias.png']
-    code, printed = main(shape_bias, *words)
-    assert code == 0, printed
-    assert '| net | 6 | 50.0% | 16.7% | 0.750 |' in printed
-    assert '| humans | 2 | 100.0% | 0.0% | 1.000 |' in printed
-    assert is_picture(tmp_path / 'out/bias.png')
-    by_class = shape_bias.read([tmp_path / 'net.csv'])['net']
-    assert {name: d.shape_bias for name, d in by_class.items()} == {'cat': 2 / 3, 'dog': 1}
-
-
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        ('a,b\n', 'lacks the columns subj, object_response, category, imagename.'),
-        (HEAD, 'holds no image whose shape and texture differ'),
-    ],
-)
-def test_other_files_have_no_shape_bias(main, tmp_path, text, message):
-    (tmp_path / 'x.csv').write_text(text)
-    code, printed = main(shape_bias, tmp_path / 'x.csv', '--out', tmp_path / 'x.png')
-    assert code == 1
-    assert message in printed
-    assert not (tmp_path / 'x.png').exists()
-
-
-def test_cue_conflict_has_what_its_config_wants(main, tmp_path):
-    code, printed = main(cue_conflict, '--out', tmp_path)
-    assert code == 0, printed
-    assert 'train: 1442 images of 10 classes\nval: 355 images of 10 classes' in printed
-    cfg = Config.fromfile(ROOT / 'demo/lska-van-tiny_cue-conflict.py')
-    init_default_scope(cfg.default_scope)
-    metric = METRICS.build(cfg.test_evaluator)
-
-    sets = {}
-    for split in ('train', 'val', 'test'):
-        config = {**cfg[f'{split}_dataloader'].dataset, 'data_root': str(tmp_path)}
-        sets[split] = DATASETS.build(config)
-    for split in ('train', 'val'):
-        for info in map(sets[split].get_data_info, range(len(sets[split]))):
-            name = Path(info['img_path']).parent.name
-            assert info['gt_label'] in getattr(metric, f'{name}_indices')  # counted as that
-    assert len(sets['test']) == len(sets['val'])
-    for path in tmp_path.glob('conflict/*/*.png'):
-        assert path.name.startswith(path.parent.name)
-        assert shape_bias.texture(path.name) in set(cue_conflict.CLASSES) - {path.parent.name}

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from conftest import published, reference_error, reference_image, small
-from lska_mm.checkpoint import CheckpointError
 from lska_mm.models.lska import ATTENTIONS
+from lska_mm.weights.names import CheckpointError
 
 
 @pytest.mark.parametrize(('arch', 'k'), [('tiny', 7), ('tiny', 23), ('small', 35)])

@@ -2,8 +2,10 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
+from conftest import load_tool
 from lska_mm import LSKANeck
-from plain_lska_van import Attention
+
+Attention = load_tool('tools/analysis_tools/plain_lska_van.py').Attention
 
 SIZES = [(9, 13), (5, 7), (1, 1)]
 

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compare_kernels import Classifier, count_costs
 from conftest import REFERENCE, SMALL, published_state, reference_image, small
 from lska_mm import LSKAVAN
 
@@ -36,40 +35,6 @@ def test_outputs_equal_the_published_ones(arch, k, tmp_path):
         difference = (output - expected).abs().max().item()
         print(f'{arch} k={k} {name}: largest difference {difference:.1e}')
         assert difference <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ('arch', 'parameters', 'multiply_adds'),
-    [
-        ('tiny', 4_029_000, 0.8326),
-        ('small', 13_732_776, 2.4501),
-        ('base', 26_292_776, 4.9062),
-    ],
-)
-def test_counts_with_head(arch, parameters, multiply_adds):
-    costs = count_costs(Classifier(arch, 23, 'LSKA'), (224, 224))
-    assert costs['parameters'] == parameters
-    assert costs['multiply_adds'] / 1e9 == pytest.approx(multiply_adds, abs=5e-5)
-
-
-@pytest.mark.parametrize(
-    ('attention', 'k', 'millions', 'multiply_adds'),
-    [
-        ('LSKA', 23, 4.03, 0.83),
-        ('LKA', 23, 4.11, 0.86),
-        ('LSKA-trivial', 23, 4.06, 0.85),
-        ('LKA-trivial', 23, 4.83, 1.15),
-        ('LSKA', 53, 4.06, 0.85),
-        ('LKA', 53, 4.49, 1.02),
-        ('LSKA-trivial', 53, 4.16, 0.88),
-        ('LKA-trivial', 53, 8.48, 2.60),
-    ],
-)
-def test_counts_of_the_four_gates(attention, k, millions, multiply_adds):
-    """Tiny with head, counted independently of this package."""
-    costs = count_costs(Classifier('tiny', k, attention), (224, 224))
-    assert costs['parameters'] / 1e6 == pytest.approx(millions, abs=0.005)
-    assert costs['multiply_adds'] / 1e9 == pytest.approx(multiply_adds, abs=0.005)
 
 
 def test_lka_equals_mmpretrain_van(tmp_path):

@@ -17,10 +17,11 @@ from conftest import (
     written_file,
 )
 from lska_mm import LSKAVAN
-from lska_mm.checkpoint import CheckpointError, convert_state_dict, describe
-from lska_mm.convert import write_checkpoint
-from lska_mm.kernels import resize_kernels
 from lska_mm.models.lska import ATTENTIONS
+from lska_mm.weights.convert import write_checkpoint
+from lska_mm.weights.match import describe
+from lska_mm.weights.names import CheckpointError, convert_state_dict
+from lska_mm.weights.resize import resize_kernels
 
 PAIRS = [*combinations((23, 35, 41, 53, 65), 2), (7, 11)]
 RESIZE = 'tools/model_converters/resize_kernel.py'
@@ -128,7 +129,7 @@ def test_refusals(attention, k, other, nearest, match):
 
 
 def test_other_tensors_are_refused():
-    match = r'No LSKA-VAN among the 1 tensors \(first: layer1.weight\)'
+    match = r'holds no LSKA-VAN \(1 tensors, first: layer1.weight\)'
     with pytest.raises(CheckpointError, match=match):
         resize_kernels({'layer1.weight': torch.ones(1)}, 23)
 

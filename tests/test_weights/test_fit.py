@@ -8,8 +8,8 @@ from torch import nn
 
 from conftest import GATE, SMALL, small, trained
 from lska_mm import LSKA
-from lska_mm.kernels import resize_kernels
 from lska_mm.models.lska import split_kernel
+from lska_mm.weights.resize import resize_kernels
 
 
 def spatial_part(state, k, attention='LSKA'):

@@ -9,9 +9,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from conftest import GATE, ROOT, SMALL, largest_difference, small, trained, written_file
-from lska_mm.checkpoint import CheckpointError
-from lska_mm.kernels import separate_kernels
 from lska_mm.models.lska import kernel_layout
+from lska_mm.weights.names import CheckpointError
+from lska_mm.weights.separate import separate_kernels
 
 VAN2LSKA = 'tools/model_converters/van2lska.py'
 
@@ -63,7 +63,7 @@ def test_separating_twice_is_refused():
 
 
 def test_other_tensors_cannot_be_separated():
-    match = r'No LSKA-VAN among the 1 tensors \(first: layer1.weight\)'
+    match = r'holds no LSKA-VAN \(1 tensors, first: layer1.weight\)'
     with pytest.raises(CheckpointError, match=match):
         separate_kernels({'layer1.weight': torch.ones(1)})
 

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from conftest import ROOT, SMALL, largest_difference, reference_error, reference_image, trained
 from lska_mm import LSKA, LSKAVAN
-from lska_mm.checkpoint import CheckpointError
+from lska_mm.weights.names import CheckpointError
 
 
 def resized_backbone(path, **kwargs):

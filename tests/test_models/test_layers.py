@@ -1,16 +1,13 @@
-"""The fast ways to compute, and what they keep for the backward pass."""
+"""The fast ways to compute."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmark import saved_bytes
 from conftest import published, reference_error, reference_image, small
-from lska_mm import LSKAVAN
-from lska_mm.models import ops
-from lska_mm.models.ops import DepthwiseConv2d
-from plain_lska_van import plain_lska_van
+from lska_mm.models import layers
+from lska_mm.models.layers import DepthwiseConv2d
 
 
 def test_every_way_to_compute_gives_the_published_outputs():
@@ -35,8 +32,8 @@ def test_every_way_to_compute_gives_the_published_outputs():
 @pytest.mark.parametrize('norm_cfg', [dict(type='BN'), dict(type='GN', num_groups=2)])
 def test_inference_equals_the_forward_pass_of_training(norm_cfg, cached, few, monkeypatch):
     """With the MLP's wide map computed whole and some channels at a time."""
-    monkeypatch.setattr(ops, 'CACHED', cached)
-    monkeypatch.setattr(ops, 'FEW', few)
+    monkeypatch.setattr(layers, 'CACHED', cached)
+    monkeypatch.setattr(layers, 'FEW', few)
     arch = dict(embed_dims=[16, 32], depths=[2, 1], ffn_ratios=[8, 5])
     backbone = small(arch=arch, norm_cfg=norm_cfg).eval()
     for name, parameter in backbone.named_parameters():
@@ -80,17 +77,3 @@ def test_frozen_weights_get_no_gradient():
     conv(x).sum().backward()
     assert x.grad is not None
     assert conv.weight.grad is None
-
-
-@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
-def test_memory_in_training(arch):
-    image = torch.rand(1, 3, 224, 224)
-    plain = saved_bytes(plain_lska_van(arch, 23).train(), image)
-    ours = saved_bytes(LSKAVAN(arch).train(), image)
-    with_cp = saved_bytes(LSKAVAN(arch, with_cp=True).train(), image)
-    print(
-        f'{arch}: plain {plain / 2**20:.0f} MiB, default {ours / plain:.2f} of it, '
-        f'with_cp {with_cp / plain:.2f}'
-    )
-    assert ours <= 0.80 * plain
-    assert with_cp <= 0.45 * plain

@@ -1,0 +1,243 @@
+"""What tensors are, and whether they are a model's."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import load_checkpoint
+from torch import nn
+
+from conftest import ROOT, SMALL, build_model, published_state, small
+from lska_mm import LSKAVAN
+from lska_mm.weights.match import describe, load_whole
+from lska_mm.weights.names import CheckpointError, convert_state_dict
+
+RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
+PUBLISHED = published_state()
+
+
+@pytest.mark.parametrize('kernel_size', [7, 11, 23, 35, 53, [23, 7]])
+@pytest.mark.parametrize('attention', ['LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial'])
+def test_describe_reads_the_arguments_back(kernel_size, attention):
+    arch = dict(embed_dims=[8, 16], depths=[1, 2], ffn_ratios=[4, 2])
+    backbone = LSKAVAN(arch, kernel_size, attention, in_channels=4, out_indices=(0, 1))
+    assert describe(backbone.state_dict()) == dict(
+        arch=arch, attention=attention, kernel_size=kernel_size, in_channels=4
+    )
+
+
+def test_kernel_sizes_by_stage_load_into_the_same_or_its_first_stages():
+    source = LSKAVAN(kernel_size=[7, 7, 23, 23]).state_dict()
+    for target in (
+        LSKAVAN(kernel_size=(7, 7, 23, 23)),
+        LSKAVAN(kernel_size=[7, 7, 23, 53], out_indices=(2,)),
+        LSKAVAN(kernel_size=7, out_indices=(1,)),
+    ):
+        target.load_state_dict(source)
+        assert all(torch.equal(value, source[key]) for key, value in target.state_dict().items())
+
+
+# --- Weights of something else -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'found', 'expected'),
+    [
+        (dict(kernel_size=35), "arch='tiny', attention='LSKA', kernel_size=23", 'kernel_size=35'),
+        (dict(kernel_size=[23, 23, 23, 35]), 'kernel_size=23', 'kernel_size=[23, 23, 23, 35]'),
+        (dict(arch='small'), "arch='tiny'", "arch='small'"),
+        (dict(attention='LKA'), "attention='LSKA'", "attention='LKA'"),
+        (dict(in_channels=4), 'in_channels=3', 'in_channels=4'),
+    ],
+)
+def test_another_network_is_refused(published_file, kwargs, found, expected):
+    backbone = LSKAVAN(**kwargs, init_cfg=dict(type='Pretrained', checkpoint=str(published_file)))
+    with pytest.raises(CheckpointError) as error:
+        backbone.init_weights()
+    print(error.value)
+    assert 'or the checkpoint (resize_kernel.py and van2lska.py in' in str(error.value)
+    weights, _, ours = str(error.value).partition('this backbone is')
+    assert found in weights
+    assert expected in ours
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        {},
+        {'conv1.weight': torch.zeros(1), 'layer1.0.bn1.weight': torch.zeros(1)},
+        {'backbone.patch_embed1.proj.weight': torch.zeros(32, 3, 7, 7)},
+    ],
+)
+def test_no_usable_key_is_refused(state, tmp_path):
+    path = str(tmp_path / 'other.pth')
+    torch.save(dict(state_dict=state), path)
+    match = rf'No LSKA-VAN among the {len(state)} tensors .*kernel_size=23.*Nothing was loaded'
+    with pytest.raises(CheckpointError, match=match):
+        LSKAVAN(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
+    detector = build_model(Config.fromfile(RETINANET))
+    with pytest.raises(CheckpointError, match='No LSKA-VAN among the'):
+        load_checkpoint(detector, path)
+
+
+def test_one_missing_tensor_is_named():
+    state = {k: v for k, v in PUBLISHED.items() if k != 'norm3.bias'}
+    with pytest.raises(CheckpointError, match=r'1 tensors are missing \(first: norm3.bias\)'):
+        LSKAVAN().load_state_dict(state, strict=False)
+
+
+def test_a_damaged_gate_is_named():
+    state = {k: v for k, v in PUBLISHED.items() if not k.startswith('block3.0.attn.spatial')}
+    with pytest.raises(CheckpointError, match=r'kernel_size=23.*10 tensors .*first: block3.0'):
+        LSKAVAN().load_state_dict(state)
+
+
+def test_a_deeper_network_is_refused():
+    """All tensors of small are in base, under the same names and shapes."""
+    base = LSKAVAN('base').state_dict()
+    with pytest.raises(CheckpointError, match=r"arch='base'.*arch='small'.*have no place"):
+        LSKAVAN('small').load_state_dict(base, strict=False)
+
+
+def test_a_refused_file_leaves_the_backbone_as_it_was(published_file):
+    backbone = LSKAVAN(kernel_size=7)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    with pytest.raises(CheckpointError):
+        load_checkpoint(backbone, str(published_file))
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+# --- Numbers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'kind', [torch.float16, torch.bfloat16, torch.float64], ids=lambda kind: str(kind)[6:]
+)
+def test_other_precisions_are_welcome(kind):
+    backbone = small()
+    state = {k: v.to(kind) for k, v in backbone.state_dict().items()}  # counts of batches, too
+    backbone.load_state_dict(state)
+    assert all(
+        (v.dtype, v.tolist()) == (torch.float32, state[k].float().tolist())
+        for k, v in backbone.named_parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda x: x / 0,
+            r'2 of \d+ tensors hold NaN or inf.*first: norm1.weight\), as after a tr',
+        ),
+        (lambda x: x.double() + 1e300, '2 of .* tensors hold NaN or infinity'),
+        (lambda x: x.tolist(), r'2 of them are not tensors \(first: norm1.weight\)'),
+    ],
+)
+def test_numbers_that_are_none(change, message, tmp_path):
+    backbone = small()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    state = {f'backbone.{k}': change(v) if k[:5] == 'norm1' else v for k, v in before.items()}
+    torch.save(dict(state_dict=state), tmp_path / 'wrong.pth')
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(backbone, str(tmp_path / 'wrong.pth'), revise_keys=[(r'^backbone\.', '')])
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+# --- Whole models --------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    """A backbone and a head, in a wrapper as DDP is one."""
+    parts = nn.ModuleDict(dict(backbone=small(), head=nn.Linear(8, 2)))
+    return nn.ModuleDict(dict(module=parts))
+
+
+def random_tensors(model):
+    """What the model in the wrapper could hold."""
+    return {k: torch.rand(v.shape).to(v) for k, v in model['module'].state_dict().items()}
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', 'module.module.'])
+def test_load_whole(model, prefix):
+    state = random_tensors(model)
+    extra = {'neck.weight': torch.ones(1), 5: torch.ones(1)}
+    load_whole(model, {**{prefix + key: v for key, v in state.items()}, **extra}, 'w.pth')
+    assert all(torch.equal(v, state[k]) for k, v in model['module'].state_dict().items())
+    load_whole(model['module'], {key: v.double() for key, v in state.items()}, 'w.pth')
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'head.bias': None}, r'1 tensors are missing \(first: head.bias\)'),
+        ({'head.bias': None, 5: torch.ones(2)}, r'1 tensors are missing \(first: head.bias\)'),
+        ({'head.bias': torch.ones(3)}, r'size mismatch for head.bias.*\[3\].*\[2\]'),
+        ({'head.bias': [1, 2]}, 'head.bias.*expected torch.Tensor.*received'),
+        ({'backbone.norm2.bias': None}, r'1 tensors are missing \(first: norm2.bias\)'),
+        ({'backbone.norm2.bias': torch.ones(3)}, r'norm2.bias, found \(3,\), expected \(16,\)'),
+        ({'backbone.norm2.bias': [1, 2]}, r'are not tensors \(first: norm2.bias\)'),
+    ],
+)
+def test_load_whole_leaves_nothing_random(model, change, message):
+    state = {**random_tensors(model), **change}
+    state = {key: value for key, value in state.items() if value is not None}
+    with pytest.raises(
+        CheckpointError,
+        match=rf'^w.pth cannot be loaded into the ModuleDict of the config: .*{message}'
+        r'.*The file holds [^\n]*head\.$',
+    ):
+        load_whole(model, state, 'w.pth')
+
+
+# --- Backbones with more in them -----------------------------------------------
+
+
+class Adapted(LSKAVAN):
+    def __init__(self, arch=SMALL, kernel_size=11, name='adapter', **kwargs):
+        super().__init__(arch, kernel_size, **kwargs)
+        self.add_module(name, nn.Conv2d(8, 8, 1))
+        self.scale = nn.Parameter(torch.rand(3))
+
+
+def bare(backbone):
+    return backbone
+
+
+def in_a_model(backbone):
+    return nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ('name', 'saved', 'loaded'),
+    [
+        ('adapter', bare, bare),
+        ('adapter', in_a_model, in_a_model),
+        ('adapter', in_a_model, bare),
+        ('norm', bare, bare),
+        ('head', in_a_model, in_a_model),  # at the top of a file it is a classifier's
+    ],
+)
+def test_a_subclass_loads_what_it_saved(name, saved, loaded, tmp_path):
+    old, new = (Adapted(out_indices=(0, 1), name=name) for _ in range(2))
+    path = str(tmp_path / 'adapted.pth')
+    torch.save(dict(state_dict=saved(old).state_dict()), path)
+    load_checkpoint(loaded(new), path)
+    state = old.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in new.state_dict().items())
+
+
+def test_a_subclass_starts_from_published_weights(published_file):
+    init_cfg = dict(type='Pretrained', checkpoint=str(published_file))
+    backbone = Adapted('tiny', 23, init_cfg=init_cfg)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    backbone.init_weights()
+    published = convert_state_dict(PUBLISHED)
+    for key, value in backbone.state_dict().items():
+        own = key.startswith(('adapter', 'scale'))
+        assert torch.equal(value, before[key] if own else published[f'backbone.{key}'])
+
+
+def test_a_subclass_needs_its_tensors_in_strict_loading():
+    with pytest.raises(RuntimeError, match=r'Missing key.*"scale", "adapter.weight"'):
+        Adapted('tiny', 23).load_state_dict(PUBLISHED)
