@@ -91,7 +91,7 @@ class SaveOnSignalHook(Hook):
 
     def before_train(self, runner) -> None:
         """Listen from now on."""
-        self.asked, self.group = torch.zeros(1, dtype=torch.int32), None
+        self.asked, self.group = False, None
         try:
             self.handlers = {number: signal.signal(number, self._ask) for number in self.signals}
         except ValueError:
@@ -103,13 +103,14 @@ class SaveOnSignalHook(Hook):
             self.group = dist.new_group(backend='gloo')  # on the host: no GPU has to wait
 
     def _ask(self, number: int, frame) -> None:
-        self.asked.fill_(1)
+        self.asked = True
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Save and end, if any process was asked to."""
+        asked = torch.tensor(int(self.asked))  # a signal from here on is for the next step
         if self.group:
-            dist.all_reduce(self.asked, dist.ReduceOp.MAX, self.group)
-        if not self.asked:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
+        if not asked:
             return
         name = f'iter_{runner.iter + 1}.pth'
         runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
