@@ -1,6 +1,6 @@
 _base_ = [
     './_base_/imagenet.py',
-    './_base_/adamw_300e.py',
+    './_base_/adamw_310e.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)

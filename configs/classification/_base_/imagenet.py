@@ -2,21 +2,28 @@ data_preprocessor = dict(
     num_classes=1000, mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], to_rgb=True
 )
 
-# RandAugment m9-mstd0.5-inc1, erased by noise: as timm names them.
+# RandAugment m9-mstd0.5-inc1, erased by noise, interpolation at random: as timm names them.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(
-        type='RandAugment',
-        policies='timm_increasing',
-        num_policies=2,
-        total_level=10,
-        magnitude_level=9,
-        magnitude_std=0.5,
-        hparams=dict(pad_val=[128, 128, 128], interpolation='bicubic'),
+        type='RandomChoice',
+        transforms=[
+            [
+                dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation=name),
+                dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+                dict(
+                    type='RandAugment',
+                    policies='timm_increasing',
+                    num_policies=2,
+                    total_level=10,
+                    magnitude_level=9,
+                    magnitude_std=0.5,
+                    hparams=dict(pad_val=[128, 128, 128], interpolation=name),
+                ),
+            ]
+            for name in ('bilinear', 'bicubic')
+        ],
     ),
-    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
     dict(
         type='RandomErasing',
         erase_prob=0.25,
