@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 import torch
 from mmengine.dist import barrier, get_rank
 
+from . import match
 from .names import CheckpointError, RefusedError, convert_state_dict, get_state_dict
 from .reader import read
 
@@ -66,6 +67,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             f'{path} is damaged, or not a checkpoint of torch.save '
             f'({type(error).__name__}: {reason}).'
         ) from error
+    match.last_read = path
     state_dict = get_state_dict(checkpoint)
     if any(_SEPARABLE.fullmatch(str(key)) for key in state_dict):
         converted = convert_state_dict(state_dict, path)

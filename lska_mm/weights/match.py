@@ -5,6 +5,7 @@ behind as random weights and a warning: `adapt_state_dict` makes that an error.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from ..models.archs import ARCHS
 from .names import CheckpointError, convert_key, convert_state_dict
+
+last_read = ''  # the file that `load_from_local` read last, for errors to name
+_loads_whole = False  # while `load_whole` asks PyTorch to load what fits
 
 # --- What a set of tensors is --------------------------------------------------
 
@@ -24,8 +28,8 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         ``arch`` (embed_dims, depths and ffn_ratios), ``attention``,
-        ``kernel_size`` (a list only where the stages differ) and
-        ``in_channels`` of `LSKAVAN`; None if these are not the tensors of one.
+        ``kernel_size`` (a list only where the stages differ), ``in_channels`` and
+        unusual ``patch_sizes`` of `LSKAVAN`; None if these are not the tensors of one.
     """
     shapes = {
         convert_key(key).removeprefix('backbone.'): tuple(value.shape)
@@ -45,13 +49,16 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     embed_dims = [shapes[f'patch_embed{i + 1}.proj.weight'][0] for i in range(stages)]
     hidden = [shapes.get(f'block{i + 1}.0.mlp.fc1.weight', (0,))[0] for i in range(stages)]
     ffn_ratios = [h // dim for h, dim in zip(hidden, embed_dims)]
+    patch_sizes = [shapes[f'patch_embed{i + 1}.proj.weight'][-1] for i in range(stages)]
     # A stage whose gate is damaged is described like the first.
     kernel_sizes = [(_read_gate(shapes, i + 1) or gate)[1] for i in range(stages)]
+    usual = patch_sizes == [7, 3, 3, 3][:stages]
     return dict(
         arch=dict(embed_dims=embed_dims, depths=depths, ffn_ratios=ffn_ratios),
         attention=gate[0],
         kernel_size=kernel_sizes[0] if len(set(kernel_sizes)) == 1 else kernel_sizes,
         in_channels=shapes['patch_embed1.proj.weight'][1],
+        **({} if usual else dict(patch_sizes=patch_sizes)),
     )
 
 
@@ -121,13 +128,17 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
         CheckpointError: If tensors are missing or have other shapes; says what
             the file holds.
     """
+    global _loads_whole
     model = unwrap(model)
     tensors = {re.sub(r'^(module\.)+', '', str(key)): v for key, v in state_dict.items()}
+    _loads_whole = True
     try:
         missing = model.load_state_dict(tensors, strict=False).missing_keys
         problem = f'{len(missing)} tensors are missing (first: {missing[0]})' if missing else ''
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip().rstrip('.')
+    finally:
+        _loads_whole = False
     if problem:
         raise CheckpointError(
             f'{source} cannot be loaded into the {type(model).__name__} of the config: '
@@ -135,17 +146,25 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
         )
 
 
-def adapt_state_dict(backbone: Any, state_dict: dict[str, Any], prefix: str) -> None:
+def adapt_state_dict(
+    backbone: Any, state_dict: dict[str, Any], prefix: str, refuse: bool | None = None
+) -> None:
     """Give the tensors of a backbone in ``state_dict`` its own names, in place.
 
     What follows ``prefix`` may be in any layout. Tensors of modules that a
     subclass adds stay; what is not the backbone's (a head, a neck, stages that
     it did not build) is dropped.
 
+    Args:
+        backbone: An `LSKAVAN`.
+        state_dict: Tensors, of other modules too.
+        prefix: What stands in front of the backbone's names.
+        refuse: Whether to refuse what is not exactly the backbone's; None where
+            PyTorch would not tell, which is where MMEngine loads.
+
     Raises:
-        CheckpointError: If the tensors are not exactly those of an LSKA-VAN like
-            ``backbone``, so that a part of it would be left random or a part of
-            them unused.
+        CheckpointError: If it is refused: a part of the backbone would be left random,
+            or a part of the tensors unused.
     """
     own = backbone.state_dict()
     expected = {key: value for key, value in own.items() if _is_van(key)}
@@ -158,29 +177,60 @@ def adapt_state_dict(backbone: Any, state_dict: dict[str, Any], prefix: str) -> 
         for key, value in found.items()
         if int(re.findall(r'\d+', key)[0]) <= backbone.num_stages
     }
-    problem = _compare(built, expected)
+    in_mmengine = _is_called_by_mmengine()
+    refuse = in_mmengine or _loads_whole if refuse is None else refuse
+    problem = _compare(built, expected) if refuse else None
     if problem:
-        weights, wanted = _signature(found), _signature(expected)
-        names = ', '.join(list(offered)[:3]) or 'none'
-        offer = (
-            f'The weights are of {weights}'
-            if weights
-            else f'No LSKA-VAN among the {len(offered)} tensors offered (first: {names})'
-        )
-        difference = (
-            'as this backbone is, but' if weights == wanted else f'this backbone is {wanted}:'
-        )
-        tools = 'resize_kernel.py and van2lska.py in tools/model_converters do'
-        how = '' if weights in (None, wanted) else f' ({tools})'
+        file = last_read if in_mmengine else ''
+        where = ', '.join(filter(None, (file, prefix.rstrip('.'))))
         raise CheckpointError(
-            f'{offer}, {difference} {problem}. '
-            f'Nothing was loaded: change the backbone in the config, or the checkpoint{how}.'
+            f'{where}{": " if where else ""}{_explain(found, expected, list(offered), problem)} '
+            'Nothing was loaded.'
         )
     for key, value in offered.items():
         name = re.sub(r'^(module\.)*(backbone\.)?', '', key[len(prefix) :])
         if not _is_van(name) and name.partition('.')[0] in more:
             state_dict[prefix + name] = value
     state_dict.update((prefix + key, value) for key, value in built.items())
+
+
+def _is_called_by_mmengine() -> bool:
+    """Tell whether MMEngine's function loads, which only warns of what it leaves random."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_name in ('adapt_state_dict', '_load_from_state_dict') and frame.f_back:
+        frame = frame.f_back
+    return frame.f_globals.get('__name__') == 'mmengine.runner.checkpoint'
+
+
+def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str) -> str:
+    """Say what tensors are, what the backbone is, and what to change."""
+    weights, backbone = describe(found), describe(expected) or {}
+    if weights is None:
+        names = ', '.join(offered[:3]) or 'none'
+        offer = f'No LSKA-VAN among the {len(offered)} tensors offered (first: {names})'
+        return f'{offer}, this backbone is {_signature(expected)}: {problem}.'
+    deployed = 'block1.0.shortcut' in found
+    if deployed != ('block1.0.shortcut' in expected):
+        return (
+            'The weights are deployed, with norms folded into convolutions, and this backbone is '
+            'not: build it with deploy=True.'
+            if deployed
+            else 'This backbone is deployed and the weights are not: load them before '
+            'switch_to_deploy(), or make deployed ones of them by reparameterize_model.py.'
+        )
+    differ = [key for key in weights.keys() | backbone.keys()
+              if weights.get(key) != backbone.get(key)]  # fmt: skip
+    if not differ:
+        return f'The weights are of {_signature(found)}, as this backbone is, but {problem}.'
+    advice = 'Change the backbone in the config, or the checkpoint'
+    if set(differ) <= {'kernel_size', 'attention'}:
+        advice += ' (resize_kernel.py and van2lska.py in tools/model_converters do)'
+    elif differ == ['in_channels']:
+        advice = f'Build it with in_channels={weights["in_channels"]}, or with init_cfg=None'
+    return (
+        f'The weights are of {_signature(found)}, this backbone is {_signature(expected)}: '
+        f'{problem}. {advice}.'
+    )
 
 
 def _is_van(key: str) -> bool:

@@ -7,6 +7,7 @@ from mmengine.logging import print_log
 from mmengine.model.weight_init import update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import load_state_dict
 
 from .match import describe
 from .names import convert_state_dict, get_state_dict
@@ -68,6 +69,6 @@ class ResizedPretrained:
                 f'{expected["kernel_size"]}, {summarize_errors(errors)}',
                 logger='current',
             )
-        module.load_state_dict(state, strict=False)  # refuses what else differs
+        load_state_dict(module, state, logger='current')  # refuses what else differs
         if hasattr(module, '_params_init_info'):  # MMEngine's record of who set what
             update_init_info(module, f'ResizedPretrained: load from {self.checkpoint}')

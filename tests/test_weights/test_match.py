@@ -54,7 +54,10 @@ def test_another_network_is_refused(published_file, kwargs, found, expected):
     with pytest.raises(CheckpointError) as error:
         backbone.init_weights()
     print(error.value)
-    assert 'or the checkpoint (resize_kernel.py and van2lska.py in' in str(error.value)
+    tools = 'or the checkpoint (resize_kernel.py and van2lska.py in'
+    assert (tools in str(error.value)) == (not {'arch', 'in_channels'} & kwargs.keys())
+    assert ('Build it with in_channels=3' in str(error.value)) == ('in_channels' in kwargs)
+    assert str(error.value).startswith(f'{published_file}: The weights are of')
     weights, _, ours = str(error.value).partition('this backbone is')
     assert found in weights
     assert expected in ours
@@ -82,7 +85,30 @@ def test_no_usable_key_is_refused(state, tmp_path):
 def test_one_missing_tensor_is_named():
     state = {k: v for k, v in PUBLISHED.items() if k != 'norm3.bias'}
     with pytest.raises(CheckpointError, match=r'1 tensors are missing \(first: norm3.bias\)'):
-        LSKAVAN().load_state_dict(state, strict=False)
+        LSKAVAN().load_state_dict(state)
+
+
+def test_a_part_may_be_loaded_when_it_is_asked_for():
+    """By itself and as a part of a model, PyTorch says what is missing."""
+    part = {'norm3.bias': torch.full((160,), 7.0)}
+    backbone = LSKAVAN()
+    missing, unexpected = backbone.load_state_dict(part, strict=False)
+    names = {key for key in backbone.state_dict() if 'num_batches_tracked' not in key}
+    assert (set(missing), unexpected) == (names - part.keys(), [])
+    assert torch.equal(backbone.norm3.bias, part['norm3.bias'])
+    model = nn.ModuleDict(dict(backbone2=LSKAVAN(), head=nn.Linear(2, 2)))
+    missing, _ = model.load_state_dict({'head.bias': torch.ones(2)}, strict=False)
+    assert 'backbone2.norm3.bias' in missing
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "backbone2'):
+        model.load_state_dict({'head.bias': torch.ones(2)})
+
+
+def test_a_backbone_under_another_name_is_named(published_file):
+    model = nn.ModuleDict(dict(target_net=nn.Sequential(LSKAVAN())))
+    with pytest.raises(CheckpointError, match=rf'{published_file}, target_net\.0: No LSKA-VAN am'):
+        load_checkpoint(model, str(published_file))
+    torch.save(model.state_dict(), published_file.with_name('byol.pth'))
+    load_checkpoint(model, str(published_file.with_name('byol.pth')))
 
 
 def test_a_damaged_gate_is_named():
@@ -95,7 +121,7 @@ def test_a_deeper_network_is_refused():
     """All tensors of small are in base, under the same names and shapes."""
     base = LSKAVAN('base').state_dict()
     with pytest.raises(CheckpointError, match=r"arch='base'.*arch='small'.*have no place"):
-        LSKAVAN('small').load_state_dict(base, strict=False)
+        LSKAVAN('small').load_state_dict(base)
 
 
 def test_a_refused_file_leaves_the_backbone_as_it_was(published_file):
