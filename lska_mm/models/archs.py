@@ -2,12 +2,20 @@
 
 from collections.abc import Sequence
 
-ARCHS = dict(
-    tiny=dict(embed_dims=[32, 64, 160, 256], depths=[3, 3, 5, 2], ffn_ratios=[8, 8, 4, 4]),
-    small=dict(embed_dims=[64, 128, 320, 512], depths=[2, 2, 4, 2], ffn_ratios=[8, 8, 4, 4]),
-    base=dict(embed_dims=[64, 128, 320, 512], depths=[3, 3, 12, 3], ffn_ratios=[8, 8, 4, 4]),
-    large=dict(embed_dims=[64, 128, 320, 512], depths=[3, 5, 27, 3], ffn_ratios=[8, 8, 4, 4]),
-)
+_SIZES = {  # widths, depths, MLP ratios; by the paper's names, mmpretrain's and VAN's
+    'tiny t b0': ([32, 64, 160, 256], [3, 3, 5, 2], [8, 8, 4, 4]),
+    'small s b1': ([64, 128, 320, 512], [2, 2, 4, 2], [8, 8, 4, 4]),
+    'base b b2': ([64, 128, 320, 512], [3, 3, 12, 3], [8, 8, 4, 4]),
+    'large l b3': ([64, 128, 320, 512], [3, 5, 27, 3], [8, 8, 4, 4]),
+    'b4': ([64, 128, 320, 512], [3, 6, 40, 3], [8, 8, 4, 4]),
+    'b5': ([96, 192, 480, 768], [3, 3, 24, 3], [8, 8, 4, 4]),
+    'b6': ([96, 192, 384, 768], [6, 6, 90, 6], [8, 8, 4, 4]),
+}
+ARCHS = {
+    name: dict(zip(('embed_dims', 'depths', 'ffn_ratios'), size))
+    for names, size in _SIZES.items()
+    for name in names.split()
+}
 
 
 def parse_arch(arch: str | dict) -> dict:

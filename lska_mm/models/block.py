@@ -6,14 +6,38 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .layers import DepthwiseConv2d, PointwiseConv2d, bottleneck, gelu, recompute
+from .eager import is_untouched
+from .layers import (
+    DepthwiseConv2d,
+    PointwiseConv2d,
+    bottleneck,
+    can_replace,
+    gelu,
+    recompute,
+    scaled,
+)
 from .lska import Attention
+
+
+def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
+    """Build a norm of maps (B, C, H, W).
+
+    Raises:
+        ValueError: On LayerNorm, which would take the width for the channels.
+    """
+    norm = build_norm_layer(norm_cfg, channels)[1]
+    if type(norm) is nn.LayerNorm:
+        raise ValueError(
+            f'norm_cfg={dict(norm_cfg)} normalizes the last axis, which is the width of the maps '
+            'in the blocks; take BN, SyncBN or GN. stage_norm_cfg is the norm after each stage.'
+        )
+    return norm
 
 
 class MLP(BaseModule):
     """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back.
 
-    In training the result is scaled.
+    With a ``scale`` (C,) the result is scaled.
     """
 
     def __init__(self, channels: int, ratio: float, drop_rate: float):
@@ -26,10 +50,14 @@ class MLP(BaseModule):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if scale is None:
-            return bottleneck(self.fc1, self.dwconv, self.fc2, x)
-        # Activated anew in the backward pass: the widest map is kept once, not twice.
+            convs = self.fc1, self.dwconv, self.fc2
+            drops = self.drop.training or not is_untouched(self.drop, nn.Dropout)
+            if can_replace(x, *convs) and not drops:
+                return bottleneck(*convs, x)
+            return self.drop(self.fc2(self.drop(gelu(self.dwconv(self.fc1(x))))))
+        # Activated again in the backward pass: the widest map is kept once, not twice.
         return recompute(
-            lambda x, scale: self.drop(self.fc2(self.drop(gelu(x)), scale)),
+            lambda x, scale: self.drop(scaled(self.fc2, self.drop(gelu(x)), scale)),
             self.dwconv(self.fc1(x)),
             scale,
             random=self.drop.p > 0,
@@ -52,9 +80,9 @@ class Block(BaseModule):
     ):
         super().__init__()
         self.with_cp = with_cp
-        self.norm1 = build_norm_layer(norm_cfg, channels)[1]
+        self.norm1 = build_norm(norm_cfg, channels)
         self.attn = Attention(channels, kernel_size, attention)
-        self.norm2 = build_norm_layer(norm_cfg, channels)[1]
+        self.norm2 = build_norm(norm_cfg, channels)
         self.mlp = MLP(channels, ratio, drop_rate)
         self.drop_path = DropPath(drop_path_rate)
         self.layer_scale_1 = nn.Parameter(torch.full((channels,), 1e-2))
@@ -64,6 +92,8 @@ class Block(BaseModule):
         """Add scale * branch(norm(x)) to ``x``."""
         if not (self.training or torch.is_grad_enabled()):
             return torch.addcmul(x, branch(norm(x)), scale[:, None, None])
+        if not is_untouched(branch, Attention, MLP):
+            return x + self.drop_path(branch(norm(x)) * scale[:, None, None])
         if self.with_cp and self.training:
             # The norm stays outside: recomputed, it would count a batch twice.
             return x + self.drop_path(
@@ -82,7 +112,7 @@ class PatchEmbed(BaseModule):
     def __init__(self, in_channels, channels, patch_size, stride, norm_cfg):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, channels, patch_size, stride, patch_size // 2)
-        self.norm = build_norm_layer(norm_cfg, channels)[1]
+        self.norm = build_norm(norm_cfg, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x))

@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import PackedConv2d, bottleneck, conv1x1_add
+from .layers import PackedConv2d, bottleneck, can_replace, conv_add, gelu
 
 if TYPE_CHECKING:
     from .block import Block
@@ -33,8 +33,11 @@ class FusedBlock(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         attn, mlp = self.attn, self.mlp
-        x = conv1x1_add(attn.proj_2, attn.gated(x), x * self.shortcut)
-        return bottleneck(mlp.fc1, mlp.dwconv, mlp.fc2, x, x)
+        mine = can_replace(x, attn.proj_2)  # what it makes, nobody else is given
+        x = conv_add(attn.proj_2, attn.gated(x), x * self.shortcut, into=True)
+        if mine and can_replace(x, mlp.fc1, mlp.dwconv, mlp.fc2):
+            return bottleneck(mlp.fc1, mlp.dwconv, mlp.fc2, x, into=True)
+        return mlp.fc2(gelu(mlp.dwconv(mlp.fc1(x)))) + x
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

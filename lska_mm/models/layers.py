@@ -1,53 +1,34 @@
 """What the backbone is made of, as fast as a CPU does it.
 
-Each function is what its name says; where it runs eagerly on a CPU, it takes a
-faster way to the same result. Graphs that are traced or compiled, and other
-devices, get the plain operators.
+Each function is what its name says. Where it runs eagerly on a CPU, and nobody
+listens to or has changed the modules concerned, it takes a faster way to the same
+result. Graphs that are traced or compiled, and other devices, get the plain operators.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-if hasattr(torch.compiler, 'is_compiling'):
-    from torch.compiler import is_compiling
-
-    def _is_autocast() -> bool:
-        return torch.is_autocast_enabled('cpu')
-else:  # torch 2.1
-    from torch._dynamo import is_compiling
-
-    _is_autocast = torch.is_autocast_cpu_enabled
-
+from .eager import (
+    can_fuse,
+    has_few_pixels,
+    is_autocast,
+    is_channels_last,
+    is_eager_cpu,
+    is_untouched,
+)
 
 ALL = slice(None)
-FEW = 1024  # pixels up to which a product of matrices is faster than a 1 x 1 convolution
 CACHED = 2**20  # numbers of a map that stay in the cache until they are used: 4 MiB
 
 
-def is_eager_cpu(x: Tensor) -> bool:
-    """Whether oneDNN computes now what is called now."""
-    return x.is_cpu and not (torch.jit.is_tracing() or is_compiling())
-
-
-def has_few_pixels(x: Tensor) -> bool:
-    """Whether oneDNN would spend more time on a convolution's weights than on its maps."""
-    return is_eager_cpu(x) and x.shape[0] * x.shape[2] * x.shape[3] <= FEW
-
-
-def _can_fuse(x: Tensor) -> bool:
-    """Whether oneDNN's fused convolutions apply: they have no gradient."""
-    return (
-        is_eager_cpu(x)
-        and not torch.is_grad_enabled()
-        and x.dtype == torch.float32
-        and not _is_autocast()
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-    )
+def can_replace(x: Tensor, *convs: nn.Module) -> bool:
+    """Tell whether oneDNN's fused convolutions may stand in for ``convs``."""
+    return can_fuse(x) and all(is_untouched(conv, *_CONVOLUTIONS) for conv in convs)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -57,37 +38,43 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def conv_gelu(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def conv_gelu(conv: Any, x: Tensor) -> Tensor:
     """GELU(conv(x)), in one pass over the map."""
-    return _convolve(conv, x, 'gelu') if _can_fuse(x) else gelu(conv(x))
+    return _convolve(conv, x, 'gelu') if can_replace(x, conv) else gelu(conv(x))
 
 
-def conv1x1_add(conv: nn.Conv2d, x: Tensor, shortcut: Tensor) -> Tensor:
-    """conv(x) + ``shortcut``; without gradients in its memory, so it must be a temporary."""
-    return _convolve_add(conv, x, shortcut) if _can_fuse(x) else conv(x) + shortcut
+def conv_add(conv: Any, x: Tensor, summand: Tensor, into: bool = False) -> Tensor:
+    """conv(x) + ``summand``, in one pass over the map; ``into`` it, if nobody else has it."""
+    if not can_replace(x, conv):
+        return conv(x) + summand
+    return _convolve_add(conv, x, summand, into=into)
 
 
-def bottleneck(
-    fc1: nn.Conv2d, dwconv: nn.Conv2d, fc2: nn.Conv2d, x: Tensor, shortcut: Tensor | None = None
-) -> Tensor:
-    """fc2(GELU(dwconv(fc1(x)))) + ``shortcut``, without gradients.
+def scaled(conv: Any, x: Tensor, scale: Tensor) -> Tensor:
+    """conv(x) times ``scale`` (C,); of the weights where nobody can tell, which keeps no map."""
+    if is_untouched(conv, PointwiseConv2d):
+        return conv(x, scale)
+    return conv(x) * scale[:, None, None]
+
+
+def bottleneck(fc1: Any, dwconv: Any, fc2: Any, x: Tensor, into: bool = False) -> Tensor:
+    """fc2(GELU(dwconv(fc1(x)))), where `can_replace` allows it; plus and ``into`` ``x``.
 
     What lies between is several times as wide as ``x``. Where it is large, it
     is computed some channels at a time, which stay in the processor's cache.
     """
-    if not _can_fuse(x):
-        out = fc2(gelu(dwconv(fc1(x))))
-        return out if shortcut is None else out + shortcut
     channels, pixels = dwconv.out_channels, x[:, 0].numel()
     width = channels if has_few_pixels(x) else min(channels, max(32, CACHED // pixels // 32 * 32))
-    out = shortcut if width == channels or shortcut is None else shortcut.clone()
+    out: Any = None
     for start in range(0, channels, width):
         part = slice(start, start + width) if width < channels else ALL
         hidden = _convolve(dwconv, _convolve(fc1, x, 'none', part), 'gelu', part)
-        if out is None:
-            out = _convolve(fc2, hidden, 'none', inputs=part)
+        if out is not None:
+            _convolve_add(fc2, hidden, out, part, into=True, with_bias=False)
+        elif into:
+            out = _convolve_add(fc2, hidden, x, part, into=width == channels)
         else:
-            out = _convolve_add(fc2, hidden, out, part, with_bias=start == 0)
+            out = _convolve(fc2, hidden, 'none', inputs=part)
     return out
 
 
@@ -113,20 +100,23 @@ def _convolve(
 
 
 def _convolve_add(
-    conv: nn.Conv2d, x: Tensor, shortcut: Tensor, inputs: slice = ALL, with_bias: bool = True
-) -> Tensor:
-    """A convolution by oneDNN, added into ``shortcut``."""
+    conv: nn.Conv2d, x: Tensor, summand: Tensor, inputs: slice = ALL,
+    into: bool = False, with_bias: bool = True,
+) -> Tensor:  # fmt: skip
+    """A convolution by oneDNN plus ``summand``, in its memory or in new one."""
     if isinstance(conv, PointwiseConv2d) and has_few_pixels(x):
-        return shortcut.add_(conv(x))
+        return summand.add_(conv(x)) if into else conv(x).add_(summand)
     weight, bias, *rest = _arguments(conv, x, inputs=inputs)
-    return torch.ops.mkldnn._convolution_pointwise_.binary(
-        shortcut, x, weight, bias if with_bias else None, *rest, 'add', 1.0, None, [], None
-    )
+    bias = bias if with_bias else None
+    more = weight, bias, *rest, 'add', 1.0, None, [], None
+    if into:
+        return torch.ops.mkldnn._convolution_pointwise_.binary(summand, x, *more)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, summand, *more)
 
 
-def multiply(x: Tensor, y: Tensor) -> Tensor:
-    """``x * y``; without gradients in the memory of ``x``, which must be a temporary."""
-    return x * y if torch.is_grad_enabled() or not is_eager_cpu(x) else x.mul_(y)
+def multiply(x: Tensor, y: Tensor, source: nn.Module) -> Tensor:
+    """``x * y``; in the memory of ``x``, which ``source`` made, where nobody else has it."""
+    return x.mul_(y) if can_replace(x, source) else x * y
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor, random: bool) -> Tensor:
@@ -134,7 +124,7 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor, random: bool) ->
 
     ``random`` functions draw the same numbers again.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not isinstance(inputs[0], Tensor):  # a tracer's
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
 
@@ -187,7 +177,7 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W)."""
-        return _convolve(self, x, 'none') if _can_fuse(x) else super().forward(x)
+        return _convolve(self, x, 'none') if can_fuse(x) else super().forward(x)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != '_packed'}
@@ -227,7 +217,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def _convolve_columns(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """A depth-wise n x 1 convolution of (B, C, H, W)."""
-    if dilation > 1 and torch.is_grad_enabled() and not _is_autocast():
+    if dilation > 1 and torch.is_grad_enabled() and not is_autocast():
         return _DilatedColumns.apply(x, weight, bias, dilation)
     padding = (dilation * (weight.shape[2] // 2), 0)
     return F.conv2d(x, weight, bias, 1, padding, (dilation, 1), x.shape[1])
@@ -273,8 +263,12 @@ def _widen(x: Tensor, rows: int) -> Tensor:
     return x.reshape(batch, -1, rows * width, channels).permute(0, 3, 1, 2)
 
 
+_CONVOLUTIONS = (PointwiseConv2d, DepthwiseConv2d, PackedConv2d)
+
+
 def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm`` over the channels of (B, C, H, W), wherever it wants them."""
     if type(norm) is not nn.LayerNorm:
         return norm(x)
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    out = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return out if is_channels_last(x) else out.contiguous()

@@ -14,7 +14,7 @@ from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .layers import DepthwiseConv2d, PointwiseConv2d, conv1x1_add, conv_gelu, multiply
+from .layers import DepthwiseConv2d, PointwiseConv2d, conv_add, conv_gelu, multiply, scaled
 
 ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
@@ -58,7 +58,7 @@ def split_kernel(kernel_size: int) -> KernelSplit:
     if not isinstance(kernel_size, int):
         raise ValueError(f'kernel_size={kernel_size!r} is not an integer.')
     if kernel_size < 1 or not _is_valid(kernel_size):
-        valid = [k for k in range(1, max(kernel_size, 1) + 7) if _is_valid(k)]
+        valid = [k for k in range(7, max(kernel_size, 7) + 7) if _is_valid(k)]
         nearest = [k for k in valid if k < kernel_size][-1:]
         nearest += [k for k in valid if k > kernel_size][:1]
         raise ValueError(
@@ -101,7 +101,7 @@ def check_channels(x: Tensor, expected: int, whose: str) -> None:
     Raises:
         ValueError: Names both numbers.
     """
-    if not torch.jit.is_tracing() and x.shape[1] != expected:
+    if isinstance(x, Tensor) and not torch.jit.is_tracing() and x.shape[1] != expected:
         raise ValueError(
             f'{whose} expects in_channels={expected}, the map has {x.shape[1]} channels.'
         )
@@ -148,13 +148,13 @@ class LSKA(Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
         check_channels(x, self.in_channels, 'LSKA')
-        return multiply(super().forward(x), x)
+        return multiply(super().forward(x), x, self[-1])
 
 
 class Attention(BaseModule):
     """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same.
 
-    In training the sum is scaled; without a scale the memory of ``x`` is used up.
+    With a ``scale`` (C,) the sum is scaled.
     """
 
     def __init__(self, channels: int, kernel_size: int, attention: str):
@@ -170,5 +170,5 @@ class Attention(BaseModule):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         gated = self.gated(x)
         if scale is None:
-            return conv1x1_add(self.proj_2, gated, x)
-        return torch.addcmul(self.proj_2(gated, scale), x, scale[:, None, None])
+            return conv_add(self.proj_2, gated, x)
+        return torch.addcmul(scaled(self.proj_2, gated, scale), x, scale[:, None, None])

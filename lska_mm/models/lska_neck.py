@@ -7,7 +7,7 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .layers import is_eager_cpu
+from .eager import is_channels_last, is_eager_cpu
 from .lska import Attention, check_channels
 
 
@@ -59,8 +59,8 @@ class LSKANeck(BaseModule):
         outs = []
         for i, (x, block) in enumerate(zip(inputs, self.blocks)):
             check_channels(x, self.in_channels[i], f'Block {i} of LSKANeck')
+            layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
             if is_eager_cpu(x):
-                # A copy: without gradients the block adds into the memory of its input.
-                x = x.clone(memory_format=torch.channels_last)
-            outs.append(block(x).contiguous())
+                x = x.contiguous(memory_format=torch.channels_last)
+            outs.append(block(x).contiguous(memory_format=layout))
         return tuple(outs)

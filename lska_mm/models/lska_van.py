@@ -22,7 +22,8 @@ from ..weights.match import adapt_state_dict
 from .archs import parse_arch, parse_kernel_size, parse_out_indices
 from .block import Block, PatchEmbed
 from .deploy import FusedBlock, affine, fold, pack
-from .layers import is_eager_cpu, norm_channels
+from .eager import is_channels_last, is_eager_cpu
+from .layers import norm_channels
 
 
 @MODELS.register_module()
@@ -33,10 +34,12 @@ class LSKAVAN(BaseModule):
     network, size or kernel are refused (see `lska_mm.weights.names`).
 
     Args:
-        arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict of the
-            lists ``embed_dims``, ``depths``, ``ffn_ratios``, a value a stage.
+        arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or as mmpretrain and
+            VAN's authors call them, ``'t'`` to ``'l'`` and ``'b0'`` to ``'b6'``; or a
+            dict of the lists ``embed_dims``, ``depths``, ``ffn_ratios``, one value
+            per stage.
         kernel_size: Side of the attention's receptive field, in pixels, or a
-            list of them, a value a stage: 7, 11, 23, 35 and 53 were published,
+            list of them, one per stage: 7, 11, 23, 35 and 53 were published,
             see `split_kernel` for others.
         attention: The kind of gate, see `LSKA`.
         in_channels: Channels of the image.
@@ -50,6 +53,7 @@ class LSKAVAN(BaseModule):
         norm_eval: Keep BatchNorm's statistics fixed in training.
         with_cp: Recompute the branches in the backward pass to save memory.
         deploy: Build what `switch_to_deploy` makes, to load its weights.
+        patch_sizes: Side of each patch embedding's kernel, in pixels of its input.
         norm_cfg: Norms of patch embeddings and blocks.
         stage_norm_cfg: Norm at the end of each stage.
         init_cfg: Initialisation, in MMEngine's form. Without it convolutions
@@ -73,12 +77,13 @@ class LSKAVAN(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         deploy: bool = False,
+        patch_sizes: Sequence[int] = (7, 3, 3, 3),
         norm_cfg: dict = dict(type='BN'),
         stage_norm_cfg: dict = dict(type='LN', eps=1e-6),
         init_cfg: dict | list | None = None,
     ):
         super().__init__(init_cfg=init_cfg)
-        self.arch = parse_arch(arch)
+        self.arch = self.arch_settings = parse_arch(arch)  # the second is mmpretrain's name
         self.attention = attention
         self.kernel_size = kernel_size
         self.out_indices = parse_out_indices(out_indices, len(self.arch['depths']))
@@ -90,14 +95,15 @@ class LSKAVAN(BaseModule):
             )
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self._refuses: bool | None = None  # set while `load_state_dict` is called on this module
 
         depths = self.arch['depths']
         kernel_sizes = parse_kernel_size(kernel_size, len(depths))
         drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
         for i in range(self.num_stages):
             channels = self.arch['embed_dims'][i]
-            patch_size, stride = (7, 4) if i == 0 else (3, 2)
-            patch_embed = PatchEmbed(in_channels, channels, patch_size, stride, norm_cfg)
+            stride = 4 if i == 0 else 2
+            patch_embed = PatchEmbed(in_channels, channels, patch_sizes[i], stride, norm_cfg)
             ratio, rates = self.arch['ffn_ratios'][i], drop_path_rates[sum(depths[:i]) :]
             blocks = ModuleList(
                 Block(
@@ -111,7 +117,7 @@ class LSKAVAN(BaseModule):
             in_channels = channels
         self.deployed = False
         if deploy:
-            self.eval().switch_to_deploy()
+            self.switch_to_deploy()
         self._freeze_stages()
 
     def _stage(self, index: int) -> tuple[Any, ModuleList, nn.Module]:
@@ -126,8 +132,9 @@ class LSKAVAN(BaseModule):
 
         Returns:
             (B, embed_dims[i], H / 2^(i + 2), W / 2^(i + 2)) for stage i, sizes
-            rounded up.
+            rounded up; channels_last where ``x`` is.
         """
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         if is_eager_cpu(x):
             x = x.contiguous(memory_format=torch.channels_last)
         outs = []
@@ -138,8 +145,7 @@ class LSKAVAN(BaseModule):
                 x = block(x)
             x = norm_channels(norm, x)
             outs.append(x)
-        # Some heads ask for the ordinary layout: deformable convolutions, `view`.
-        return tuple(outs[i].contiguous() for i in self.out_indices)
+        return tuple(outs[i].contiguous(memory_format=layout) for i in self.out_indices)
 
     def init_weights(self) -> None:
         """Initialise as ``init_cfg`` says, without one as the paper does."""
@@ -157,18 +163,15 @@ class LSKAVAN(BaseModule):
     def switch_to_deploy(self) -> None:
         """Fold BatchNorms and layer scales into the convolutions, for inference.
 
-        The outputs stay the same but for rounding. Done twice, nothing more
-        happens. The state dict then is that of ``LSKAVAN(..., deploy=True)``.
+        The outputs stay the same as in evaluation but for rounding, and the
+        backbone stays in evaluation. Done twice, nothing more happens. The state
+        dict then is that of ``LSKAVAN(..., deploy=True)``.
 
         Raises:
-            RuntimeError: In training mode, where batches have statistics of
-                their own.
             TypeError: If ``norm_cfg`` is another norm than BatchNorm.
         """
         if self.deployed:
             return
-        if self.training:
-            raise RuntimeError('switch_to_deploy() is for inference; call eval() first.')
         for i in range(self.num_stages):
             patch_embed, blocks, _ = self._stage(i)
             fold(patch_embed.proj, after=affine(patch_embed.norm))
@@ -176,6 +179,7 @@ class LSKAVAN(BaseModule):
             for j, block in enumerate(blocks):
                 blocks[j] = FusedBlock(block).eval()
         pack(self)
+        self.eval()
         self.deployed = True
 
     def _freeze_stages(self) -> None:
@@ -184,7 +188,16 @@ class LSKAVAN(BaseModule):
                 module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'LSKAVAN':
-        """Switch between training and evaluation; what is frozen stays so."""
+        """Switch between training and evaluation; what is frozen stays so.
+
+        Raises:
+            RuntimeError: If the backbone is deployed, and so for inference alone.
+        """
+        if mode and self.deployed:
+            raise RuntimeError(
+                'A deployed backbone has no norms left to train: build it without deploy=True, '
+                'and load the weights that it had before.'
+            )
         super().train(mode)
         self._freeze_stages()
         if self.norm_eval:
@@ -213,6 +226,14 @@ class LSKAVAN(BaseModule):
             return sum(depths[: stage - 1]) + int(block) + 1, num_layers
         return sum(depths[: stage - 1] if kind == 'patch_embed' else depths[:stage]), num_layers
 
+    def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
+        """Load tensors in any published layout; with ``strict=False`` a part of them."""
+        self._refuses = strict
+        try:
+            return super().load_state_dict(state_dict, strict, **kwargs)
+        finally:
+            self._refuses = None
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        adapt_state_dict(self, state_dict, prefix)
+        adapt_state_dict(self, state_dict, prefix, self._refuses)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -55,8 +55,10 @@ def test_deployed_state_dict_reloads():
     image = torch.rand(1, 3, 32, 32)
     for out, expected in zip(again(image), backbone(image)):
         assert torch.equal(out, expected)
-    with pytest.raises(CheckpointError, match='tensors are missing'):
+    with pytest.raises(CheckpointError, match=r'The weights are deployed, .* with deploy=True'):
         small().load_state_dict(backbone.state_dict())
+    with pytest.raises(CheckpointError, match='This backbone is deployed and the weights are not'):
+        again.load_state_dict(small().state_dict())
 
 
 def test_packed_weights_follow_the_parameters():
@@ -75,9 +77,17 @@ def test_packed_weights_follow_the_parameters():
             assert torch.equal(backbone(image)[1], before)
 
 
-def test_deploying_in_training_mode_is_refused():
-    with pytest.raises(RuntimeError, match=r'call eval\(\) first'):
-        small().train().switch_to_deploy()
+def test_deploying_in_training_mode_ends_in_evaluation():
+    """MMDeploy calls it before `eval()`."""
+    backbone, twin, image = small().train(), small().eval(), torch.rand(1, 3, 32, 32)
+    backbone.switch_to_deploy()
+    assert not any(module.training for module in backbone.modules())
+    backbone.eval()
+    with torch.no_grad():
+        for out, expected in zip(backbone(image), twin(image)):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match='has no norms left to train: build it without deploy'):
+        torch.nn.Sequential(backbone).train()
 
 
 def test_deploying_other_norms_is_refused_and_changes_nothing():

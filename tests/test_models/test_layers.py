@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from conftest import published, reference_error, reference_image, small
-from lska_mm.models import layers
+from lska_mm.models import eager, layers
 from lska_mm.models.layers import DepthwiseConv2d
 
 
@@ -33,7 +33,7 @@ def test_every_way_to_compute_gives_the_published_outputs():
 def test_inference_equals_the_forward_pass_of_training(norm_cfg, cached, few, monkeypatch):
     """With the MLP's wide map computed whole and some channels at a time."""
     monkeypatch.setattr(layers, 'CACHED', cached)
-    monkeypatch.setattr(layers, 'FEW', few)
+    monkeypatch.setattr(eager, 'FEW', few)
     arch = dict(embed_dims=[16, 32], depths=[2, 1], ffn_ratios=[8, 5])
     backbone = small(arch=arch, norm_cfg=norm_cfg).eval()
     for name, parameter in backbone.named_parameters():

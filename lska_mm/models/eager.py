@@ -1,0 +1,72 @@
+"""Whether a faster way may be taken: where it runs eagerly on a CPU, and nobody can tell."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+if hasattr(torch.compiler, 'is_compiling'):
+    from torch.compiler import is_compiling
+
+    def is_autocast() -> bool:
+        return torch.is_autocast_enabled('cpu')
+else:  # torch 2.1
+    from torch._dynamo import is_compiling
+
+    is_autocast = torch.is_autocast_cpu_enabled
+
+FEW = 1024  # pixels up to which a product of matrices is faster than a 1 x 1 convolution
+
+
+def is_eager_cpu(x: Any) -> bool:
+    """Tell whether oneDNN computes now what is called now."""
+    return (
+        type(x) in (Tensor, nn.Parameter)  # no tracer's, no other class
+        and x.is_cpu
+        and x.numel() > 0
+        and not (torch.jit.is_tracing() or is_compiling())
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def is_channels_last(x: Any) -> bool:
+    """Tell whether a map (B, C, H, W) is in memory as (B, H, W, C)."""
+    return isinstance(x, Tensor) and not x.is_contiguous() and x.stride(1) == 1
+
+
+def has_few_pixels(x: Tensor) -> bool:
+    """Tell whether oneDNN would spend more time on a convolution's weights than on its maps."""
+    return is_eager_cpu(x) and x.shape[0] * x.shape[2] * x.shape[3] <= FEW
+
+
+def is_untouched(module: nn.Module, *kinds: type) -> bool:
+    """Tell whether a module is of one of ``kinds``, and calling it does nothing more."""
+    return type(module) in kinds and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in module.__dict__
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Tell whether oneDNN's fused convolutions apply.
+
+    They have no gradient, and no mode of PyTorch (that counts, say) knows them.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and is_eager_cpu(x)
+        and x.dtype == torch.float32
+        and not is_autocast()
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+    )
