@@ -134,7 +134,8 @@ def load_model(config: str, checkpoint: str) -> tuple[Config, nn.Module]:
     """
     cfg = Config.fromfile(config)
     init_default_scope(toolbox(cfg))
-    cfg.model.backbone.init_cfg = None
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.init_cfg = None
     if 'data_preprocessor' in cfg:  # where mmpretrain's configs have it
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)

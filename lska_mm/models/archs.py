@@ -31,7 +31,7 @@ def parse_arch(arch: str | dict) -> dict:
         raise ValueError(f'arch needs the keys {keys}, got {sorted(arch)}.')
     if len({len(arch[key]) for key in keys}) != 1 or not arch['depths']:
         lengths = ', '.join(f'{key}: {len(arch[key])}' for key in keys)
-        raise ValueError(f'arch needs lists of equal length, a value a stage; got {lengths}.')
+        raise ValueError(f'arch needs lists of equal length, one value per stage; got {lengths}.')
     return dict(arch)
 
 
@@ -41,7 +41,7 @@ def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> Sequ
     if len(kernel_size) != num_stages:
         raise ValueError(
             f'kernel_size={list(kernel_size)} has {len(kernel_size)} values, the arch has '
-            f'{num_stages} stages; give one for all stages, or one a stage.'
+            f'{num_stages} stages; give one for all stages, or one per stage.'
         )
     return kernel_size
 

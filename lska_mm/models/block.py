@@ -65,7 +65,7 @@ class MLP(BaseModule):
 
 
 class Block(BaseModule):
-    """Attention, then MLP; each normalised, scaled and added to its input."""
+    """Attention, then MLP; each normalized, scaled and added to its input."""
 
     def __init__(
         self,

@@ -228,7 +228,7 @@ class _DilatedColumns(torch.autograd.Function):
 
     The input's gradient is a convolution with the kernel turned round. For the
     weights', ``dilation`` rows of a map are seen as one row so many times as
-    wide, where the taps are neighbours: again nothing is copied, but the rows
+    wide, where the taps are neighbors: again nothing is copied, but the rows
     that are missing at the end.
     """
 

@@ -50,7 +50,7 @@ def split_kernel(kernel_size: int) -> KernelSplit:
     """Split a kernel into a local and a far part.
 
     The split is exact: ``split_kernel(k).kernel_size == k``, and both parts are
-    odd, so that they can be centred.
+    odd, so that they can be centered.
 
     Raises:
         ValueError: If no such split exists; names the nearest sizes with one.
@@ -62,7 +62,7 @@ def split_kernel(kernel_size: int) -> KernelSplit:
         nearest = [k for k in valid if k < kernel_size][-1:]
         nearest += [k for k in valid if k > kernel_size][:1]
         raise ValueError(
-            f'kernel_size={kernel_size} cannot be split into two centred kernels; nearest to it '
+            f'kernel_size={kernel_size} cannot be split into two centered kernels; nearest to it '
             f'of those that can: {" and ".join(map(str, nearest))} (published: 7, 11, 23, 35, 53).'
         )
     return _split(kernel_size)
@@ -109,7 +109,7 @@ def check_channels(x: Tensor, expected: int, whose: str) -> None:
 
 @MODELS.register_module()
 class LSKA(Sequential):
-    """Large-kernel gate: each pixel scaled by what its neighbourhood holds.
+    """Large-kernel gate: each pixel scaled by what its neighborhood holds.
 
     ``x * conv1(depthwise(x))``, where the depth-wise convolutions of
     `kernel_layout` together see ``kernel_size`` x ``kernel_size`` pixels. Also a
@@ -121,7 +121,7 @@ class LSKA(Sequential):
         attention: ``'LSKA'``, 1-D convolutions in two steps (the paper's);
             ``'LKA'``, VAN's 2-D ones in two steps; ``'LSKA-trivial'`` and
             ``'LKA-trivial'``, the same in one step without dilation.
-        init_cfg: Initialisation, in MMEngine's form.
+        init_cfg: Initialization, in MMEngine's form.
 
     Raises:
         ValueError: See `kernel_layout`; on a map of other than ``in_channels``.

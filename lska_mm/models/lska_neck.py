@@ -20,11 +20,11 @@ class LSKANeck(BaseModule):
         neck=[dict(type='FPN', ...), dict(type='LSKANeck', in_channels=256, num_outs=5)]
 
     Args:
-        in_channels: Channels of the maps, of all or a list with a value a map.
+        in_channels: Channels of the maps, of all or a list with one value per map.
         num_outs: Number of maps.
         kernel_size: Side of the receptive field, in pixels of the map.
         attention: The kind of gate, see `LSKA`.
-        init_cfg: Initialisation, in MMEngine's form; without it PyTorch's.
+        init_cfg: Initialization, in MMEngine's form; without it PyTorch's.
 
     Raises:
         ValueError: If the maps are not those that the arguments say; see also `LSKA`.
@@ -44,7 +44,7 @@ class LSKANeck(BaseModule):
         if len(in_channels) != num_outs:
             raise ValueError(
                 f'in_channels={list(in_channels)} has {len(in_channels)} values for '
-                f'num_outs={num_outs} maps; give one for all maps, or one a map.'
+                f'num_outs={num_outs} maps; give one for all maps, or one per map.'
             )
         self.in_channels = list(in_channels)
         self.num_outs = num_outs

@@ -56,7 +56,7 @@ class LSKAVAN(BaseModule):
         patch_sizes: Side of each patch embedding's kernel, in pixels of its input.
         norm_cfg: Norms of patch embeddings and blocks.
         stage_norm_cfg: Norm at the end of each stage.
-        init_cfg: Initialisation, in MMEngine's form. Without it convolutions
+        init_cfg: Initialization, in MMEngine's form. Without it convolutions
             start from a normal distribution of variance 2 / fan-out.
 
     Raises:
@@ -99,7 +99,7 @@ class LSKAVAN(BaseModule):
 
         depths = self.arch['depths']
         kernel_sizes = parse_kernel_size(kernel_size, len(depths))
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         for i in range(self.num_stages):
             channels = self.arch['embed_dims'][i]
             stride = 4 if i == 0 else 2
@@ -148,7 +148,7 @@ class LSKAVAN(BaseModule):
         return tuple(outs[i].contiguous(memory_format=layout) for i in self.out_indices)
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says, without one as the paper does."""
+        """Initialize as ``init_cfg`` says, without one as the paper does."""
         if not self.init_cfg and not self.is_init:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .gate import Conv, centre, dense_kernel, size_of
+from .gate import Conv, center, dense_kernel, size_of
 from .names import CheckpointError
 
 
@@ -37,7 +37,7 @@ def fit_gate(old: list[Conv], new: list[Conv], attention: str) -> list[Conv]:
 def _fit_axis(old: list[Conv], new: list[Conv]) -> list[Conv]:
     """The nearest local and far part along one axis."""
     target = dense_kernel(old)[0].flatten(1)  # (C, K)
-    target = centre(target[:, None], (1, size_of(new)))[:, 0]
+    target = center(target[:, None], (1, size_of(new)))[:, 0]
     norm = target.norm(dim=1, keepdim=True).clamp_min(1e-300)
     lengths = [conv.weight[0].numel() for conv in new]
     local, far = _factorize(target / norm, lengths[0], lengths[1], new[1].dilation)

@@ -33,12 +33,12 @@ class Conv(NamedTuple):
     bias: Tensor  # (C,)
     dilation: int
 
-    def centred(self, shape: Sequence[int], dilation: int) -> 'Conv':
+    def centered(self, shape: Sequence[int], dilation: int) -> 'Conv':
         """With zeros around the kernel, or without its outer taps."""
-        return Conv(centre(self.weight, shape), self.bias, dilation)
+        return Conv(center(self.weight, shape), self.bias, dilation)
 
 
-def centre(x: Tensor, shape: Sequence[int]) -> Tensor:
+def center(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Pad or crop (..., H, W) to ``shape``, the same on opposite sides."""
     rows, columns = ((new - old) // 2 for new, old in zip(shape, x.shape[-2:]))
     return F.pad(x, [columns, columns, rows, rows])

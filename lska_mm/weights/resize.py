@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models.lska import kernel_layout
 from .fit import fit_gate
-from .gate import Conv, centre, dense_kernel, read_gate, read_state, size_of
+from .gate import Conv, center, dense_kernel, read_gate, read_state, size_of
 from .names import CheckpointError
 
 _GATE = re.compile(r'(backbone\.block(\d+)\.\d+\.attn\.spatial_gating_unit\.)conv0h?\.weight')
@@ -32,7 +32,7 @@ def resize_kernels(
 
     Args:
         state_dict: Of a backbone, or a model that has one, in any layout.
-        kernel_size: Of `LSKAVAN`: one for all stages, or a value a stage.
+        kernel_size: Of `LSKAVAN`: one for all stages, or one value per stage.
         nearest: Where a gate of that size cannot be the same, take the one whose
             dense kernels differ least from the old ones in the sum of squares.
             The response to a map of zeros, which the biases make, is kept except
@@ -53,14 +53,14 @@ def resize_kernels(
     attention, stages = description['attention'], len(description['arch']['depths'])
     sizes = [kernel_size] * stages if isinstance(kernel_size, int) else list(kernel_size)
     if len(sizes) != stages:
-        raise ValueError(f'kernel_size={sizes}: one for all {stages} stages, or one a stage.')
+        raise ValueError(f'kernel_size={sizes}: one for all {stages} stages, or one per stage.')
     layouts = [kernel_layout(attention, size) for size in sizes]
     errors = {}
     for match in filter(None, map(_GATE.fullmatch, list(state))):
         prefix, layout = match[1], layouts[int(match[2]) - 1]
         gate = prefix.removeprefix('backbone.').rstrip('.')
         old = read_gate(state, prefix, layout)
-        new = [conv.centred(*shape) for conv, shape in zip(old, layout.values())]
+        new = [conv.centered(*shape) for conv, shape in zip(old, layout.values())]
         reason = _why_different(old, new)
         if reason:
             if not nearest:
@@ -90,14 +90,14 @@ def _why_different(old: list[Conv], new: list[Conv]) -> str | None:
 
 def _outside(weight: Tensor, shape: Sequence[int]) -> int:
     """How many taps that are not zero cropping to ``shape`` would cut off."""
-    return int((weight != centre(centre(weight, shape), weight.shape[-2:])).sum())
+    return int((weight != center(center(weight, shape), weight.shape[-2:])).sum())
 
 
 def _difference(old: list[Conv], new: list[Conv]) -> Tensor:
     """The relative error of each channel's dense kernel, (C,)."""
     kernels = [dense_kernel(old), dense_kernel(new)]
     side = max(kernel.shape[-1] for kernel in kernels)
-    before, after = (centre(kernel[0], (side, side)).flatten(1) for kernel in kernels)
+    before, after = (center(kernel[0], (side, side)).flatten(1) for kernel in kernels)
     return (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-300)
 
 
