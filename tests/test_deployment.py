@@ -199,3 +199,44 @@ def test_exports_with_dynamic_batch_and_size(deploy):
         difference = reference_error(program.module()(image))
     print(f'tiny k=23 exported, deploy={deploy}: largest difference {difference:.1e}')
     assert difference <= 1e-5
+
+
+# --- Other backbones ---------------------------------------------------------------
+
+GATED = """
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
+gate = dict(cfg=dict(type='LSKA', kernel_size=11), position='after_conv3')
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='mmdet.ResNet', depth=50, stem_channels=8, base_channels=8, plugins=[gate]),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=10, in_channels=256))
+"""
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A ResNet with gates, in a config and a checkpoint."""
+    path = tmp_path / 'gated.py'
+    path.write_text(GATED)
+    cfg = Config.fromfile(path)
+    init_default_scope('mmpretrain')
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'gated.pth')
+    return path, tmp_path / 'gated.pth'
+
+
+def test_a_resnet_with_gates_is_exported(gated, run, tmp_path):
+    out = tmp_path / 'gated.onnx'
+    command = ('python', 'tools/deployment/export_onnx.py', *gated, out, '--backbone')
+    printed = run(*command, '--size', '64x64')
+    assert 'not folded: ' in printed
+    assert f'written to {out}' in printed
+
+
+def test_a_resnet_with_gates_has_nothing_to_deploy(gated, run, tmp_path):
+    tool = 'tools/model_converters/reparameterize_model.py'
+    printed = run('python', tool, *gated, tmp_path / 'deployed.pth', code=1)
+    assert 'has no LSKAVAN in model.backbone to deploy, but ResNet.' in printed
+    assert not (tmp_path / 'deployed.pth').exists()

@@ -188,27 +188,6 @@ def test_checkpoint_of_another_task_is_refused(segmentor, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('toolbox', 'config', 'options', 'expected'),
-    [
-        (mmpretrain, DIGITS, ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=64'],
-         'accuracy/top1'),
-        (mmseg, NUCLEI, ['train_cfg.max_iters=2', 'train_cfg.val_interval=2',
-                         'default_hooks.checkpoint.interval=2'], 'mIoU'),
-    ],
-    ids=['mmpretrain', 'mmseg'],
-)  # fmt: skip
-def test_own_train_and_test(toolbox, config, options, expected, classifier, segmentor, run,
-                            tmp_path):  # fmt: skip
-    tools = Path(toolbox.__file__).parent / '.mim/tools'
-    printed = run('python', tools / 'train.py', config, '--work-dir', tmp_path,
-                  '--cfg-options', *options)  # fmt: skip
-    assert expected in printed
-    checkpoint = (tmp_path / 'last_checkpoint').read_text()
-    printed = run('python', tools / 'test.py', config, checkpoint, '--work-dir', tmp_path)
-    assert expected in printed
-
-
-@pytest.mark.parametrize(
     ('toolbox', 'config', 'more', 'parameters'),
     [
         (mmpretrain, 'configs/classification/lska-van-tiny_4xb128_in1k.py', [], '4.029M'),

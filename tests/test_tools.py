@@ -251,25 +251,6 @@ def test_slurm_command_line(run, tmp_path, script, end):
     assert printed.endswith(end)
 
 
-# --- mmdet's own tools ---------------------------------------------------------
-
-
-def test_mmdet_own_train_and_test(run, nuclei, tmp_path):
-    options = shrink(nuclei)
-    printed = run('python', MIM / 'train.py', DEMO, '--work-dir', tmp_path, *options)
-    assert 'coco/segm_mAP' in printed
-    printed = run(
-        'python',
-        MIM / 'test.py',
-        DEMO,
-        tmp_path / 'epoch_1.pth',
-        '--work-dir',
-        tmp_path / 'test',
-        *options,
-    )
-    assert 'coco/segm_mAP' in printed
-
-
 # --- Checkpoints ---------------------------------------------------------------
 
 

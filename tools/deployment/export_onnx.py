@@ -134,12 +134,15 @@ def export(
             'Only the backbone of a detector can be exported: add --backbone. '
             'For whole detectors there is MMDeploy.'
         )
+    if not hasattr(model, 'backbone'):
+        raise RuntimeError(f'{type(model).__name__} has no backbone; nothing was exported.')
     try:
         model.backbone.switch_to_deploy()
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:  # of another backbone, with other norms
         print(f'not folded: {error}')
     graph = Graph(model, backbone).eval()
-    channels, (height, width) = model.backbone.patch_embed1.proj.in_channels, image_size
+    first = next(m for m in model.backbone.modules() if isinstance(m, nn.Conv2d))
+    channels, (height, width) = first.in_channels, image_size
     images = torch.rand(1, channels, height, width)
     others = torch.rand(2, channels, height + 32, width + 64)
 

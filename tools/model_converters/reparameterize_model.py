@@ -22,10 +22,16 @@ def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
-        TypeError: If the backbone has other norms than BatchNorm.
+        TypeError: If there is no LSKAVAN, or it has other norms than BatchNorm.
     """
     _, model = load_model(config, checkpoint)
-    model.backbone.switch_to_deploy()
+    backbone = getattr(model, 'backbone', None)
+    if not hasattr(backbone, 'switch_to_deploy'):
+        raise TypeError(
+            f'{type(model).__name__} has no LSKAVAN in model.backbone to deploy, but '
+            f'{type(backbone).__name__}.'
+        )
+    backbone.switch_to_deploy()
     with written_beside(save_path) as part:
         torch.save(dict(state_dict=model.state_dict()), part)
 
