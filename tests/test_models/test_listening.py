@@ -213,7 +213,8 @@ def test_maps_keep_the_layout_of_the_image(layout, device):
                 lambda module, inputs, output, name=name: found.update({name: output})
             )
     image = torch.empty(2, 3, 64, 96, device=device).to(memory_format=layout)
-    outs = backbone(image.normal_() if device == 'cpu' else image)
+    with torch.no_grad():  # torch 2.1 cannot recompute on the meta device
+        outs = backbone(image.normal_() if device == 'cpu' else image)
     print(layout, device, *found)
     assert len(found) == 12
     if device == 'meta':
