@@ -1,5 +1,7 @@
 """What a stage of VAN (arXiv:2202.09741) is made of: a patch embedding, and blocks."""
 
+from collections.abc import Callable
+
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
@@ -55,13 +57,14 @@ class MLP(BaseModule):
             if can_replace(x, *convs) and not drops:
                 return bottleneck(*convs, x)
             return self.drop(self.fc2(self.drop(gelu(self.dwconv(self.fc1(x))))))
-        # Activated again in the backward pass: the widest map is kept once, not twice.
-        return recompute(
-            lambda x, scale: self.drop(scaled(self.fc2, self.drop(gelu(x)), scale)),
-            self.dwconv(self.fc1(x)),
-            scale,
-            random=self.drop.p > 0,
-        )
+        hidden = self.dwconv(self.fc1(x))
+        if is_untouched(self.fc2, PointwiseConv2d) and is_untouched(self.drop, nn.Dropout):
+            # Activated again in the backward pass: the widest map is kept once, not twice.
+            return recompute(self._tail, hidden, scale, random=self.drop.p > 0)
+        return self._tail(hidden, scale)
+
+    def _tail(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.drop(scaled(self.fc2, self.drop(gelu(x)), scale))
 
 
 class Block(BaseModule):
@@ -92,14 +95,16 @@ class Block(BaseModule):
         """Add scale * branch(norm(x)) to ``x``."""
         if not (self.training or torch.is_grad_enabled()):
             return torch.addcmul(x, branch(norm(x)), scale[:, None, None])
+        run: Callable[..., Tensor] = branch
         if not is_untouched(branch, Attention, MLP):
-            return x + self.drop_path(branch(norm(x)) * scale[:, None, None])
+
+            def run(x: Tensor, scale: Tensor) -> Tensor:
+                return branch(x) * scale[:, None, None]
+
         if self.with_cp and self.training:
             # The norm stays outside: recomputed, it would count a batch twice.
-            return x + self.drop_path(
-                recompute(branch, norm(x), scale, random=self.mlp.drop.p > 0)
-            )
-        return x + self.drop_path(branch(norm(x), scale))
+            return x + self.drop_path(recompute(run, norm(x), scale, random=True))
+        return x + self.drop_path(run(norm(x), scale))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._add(x, self.norm1, self.attn, self.layer_scale_1)

@@ -121,6 +121,47 @@ def test_a_module_may_be_wrapped(backbone, name):
     backbone.train()(IMAGE)[1].sum().backward()
 
 
+@pytest.mark.parametrize('name', ['mlp.fc2', 'mlp.drop'])
+def test_hooks_are_called_once_a_training_step(backbone, name):
+    """Though what nobody listens to is computed again in the backward pass."""
+    called = []
+    module = backbone.train().block1[0].get_submodule(name)
+    module.register_forward_hook(lambda module, inputs, output: called.append(module))
+    backbone(IMAGE)[1].sum().backward()
+    assert len(called) == (2 if name == 'mlp.drop' else 1)  # it is called twice in a forward pass
+
+
+class Dropping(Adapter):
+    """An adapter that draws numbers, as LoRA's dropout does."""
+
+    def forward(self, x):
+        return nn.functional.dropout(self.module(x), 0.5)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('name', ['mlp', 'mlp.fc2', 'attn.proj_1'])
+def test_an_adapter_that_draws_numbers_draws_them_once(name, with_cp):
+    """The gradient of a factor is the sum over what it was multiplied with."""
+    backbone = small(with_cp=with_cp).train()
+    block, (path, _, last) = backbone.block1[0], name.rpartition('.')
+    setattr(block.get_submodule(path), last, Dropping(block.get_submodule(name)))
+    out = []
+    for seed in (0, 0):
+        torch.manual_seed(seed)
+        backbone.zero_grad()
+        backbone(IMAGE)[1].square().sum().backward()
+        out.append(block.layer_scale_2.grad.clone())
+    torch.manual_seed(0)
+    plain = small(with_cp=False).train()
+    block, (path, _, last) = plain.block1[0], name.rpartition('.')
+    setattr(block.get_submodule(path), last, Dropping(block.get_submodule(name)))
+    plain.load_state_dict(backbone.state_dict())
+    torch.manual_seed(0)
+    plain(IMAGE)[1].square().sum().backward()
+    assert torch.equal(out[0], out[1])
+    torch.testing.assert_close(out[0], plain.block1[0].layer_scale_2.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_dropout_that_is_switched_on_drops(backbone):
     """Monte-Carlo dropout: in evaluation, but for the dropouts."""
     backbone = small(drop_rate=0.5).eval()
