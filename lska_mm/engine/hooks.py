@@ -87,20 +87,27 @@ class SaveOnSignalHook(Hook):
     """
 
     priority = 'LOWEST'  # after what other hooks do to model and schedule
-    signals = [s for s in signal.Signals if s.name in ('SIGTERM', 'SIGUSR1')]
+
+    def __init__(self) -> None:
+        self.asked, self.group, self.handlers = False, None, dict[int, Any]()
+        self._listen('SIGUSR1')  # workers of an endless loader start with the loop
 
     def before_train(self, runner) -> None:
         """Listen from now on."""
-        self.asked, self.group = False, None
+        self._listen('SIGUSR1', 'SIGTERM')
+        if is_distributed():
+            self.group = dist.new_group(backend='gloo')  # on the host: no GPU has to wait
+
+    def _listen(self, *names: str) -> None:
+        known = {s.name: s for s in signal.Signals}  # Windows has no SIGUSR1
         try:
-            self.handlers = {number: signal.signal(number, self._ask) for number in self.signals}
+            for number in {known[name] for name in names if name in known} - self.handlers.keys():
+                self.handlers[number] = signal.signal(number, self._ask)
         except ValueError:
             raise RuntimeError(
                 'SaveOnSignalHook needs the main thread, where alone signals can be received: '
                 'train there, or take the hook out of custom_hooks.'
             ) from None
-        if is_distributed():
-            self.group = dist.new_group(backend='gloo')  # on the host: no GPU has to wait
 
     def _ask(self, number: int, frame) -> None:
         self.asked = True
@@ -112,13 +119,12 @@ class SaveOnSignalHook(Hook):
             dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
         if not asked:
             return
-        name = f'iter_{runner.iter + 1}.pth'
-        runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
+        path = Path(runner.work_dir, f'iter_{runner.iter + 1}.pth')
+        runner.save_checkpoint(runner.work_dir, path.name, by_epoch=False)
         if is_main_process():
-            Path(runner.work_dir, 'last_checkpoint').write_text(str(Path(runner.work_dir, name)))
+            Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
         runner.logger.warning(
-            f'Asked to end: {runner.work_dir}/{name} is saved; go on with --resume. '
-            f'Exit code {EXIT_CODE}.'
+            f'Asked to end: {path} is saved; go on with --resume. Exit code {EXIT_CODE}.'
         )
         if self.group:  # torchrun ends all when one has ended: not before it is saved
             with suppress(RuntimeError):  # one has ended, and so had passed here
@@ -129,3 +135,4 @@ class SaveOnSignalHook(Hook):
         """Listen no more."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.handlers, self.asked = {}, False
