@@ -125,8 +125,9 @@ def test_packages_know_only_what_is_below_them(package, allowed):
 def test_modules_are_short():
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert max(lines.values()) <= 300
-    assert sum(lines.values()) <= 2800
-    assert lines['lska_mm.weights.reader'] <= 120
+    assert sum(lines.values()) <= 2750
+    reader = MODULES['lska_mm.weights.reader'].read_text().splitlines()
+    assert len([line for line in reader if line]) <= 120
 
 
 def test_importing_twice_registers_once(run):

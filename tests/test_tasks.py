@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 
-from conftest import REFERENCE, ROOT, reference_image
+from conftest import REFERENCE, ROOT, reference_image, written_file
 
 DIGITS = 'demo/lska-van-tiny_digits.py'
 NUCLEI = 'demo/lska-van-tiny_fpn_nuclei.py'
@@ -120,15 +120,15 @@ def test_segmentation_inferencer(segmentor, tmp_path):
 
 
 def test_deployed_checkpoint_has_the_same_metric(segmentor, run, tmp_path):
-    tool, deployed = 'tools/model_converters/reparameterize_model.py', tmp_path / 'deployed.pth'
-    run('python', tool, NUCLEI, last_checkpoint(segmentor), deployed)
+    tool, target = 'tools/model_converters/reparameterize_model.py', tmp_path / 'deployed.pth'
+    deployed = written_file(run('python', tool, NUCLEI, last_checkpoint(segmentor), target))
     printed = run('python', 'tools/test.py', NUCLEI, deployed, '--work-dir', tmp_path,
                   '--cfg-options', 'model.backbone.deploy=True')  # fmt: skip
     before = re.search(r'^mIoU: ([\d.]+)$', segmentor[1], re.MULTILINE)[1]
     assert float(re.search(r'mIoU: ([\d.]+)', printed)[1]) == pytest.approx(
         float(before), abs=0.01
     )
-    printed = run('python', tool, DIGITS, last_checkpoint(segmentor), deployed, code=1)
+    printed = run('python', tool, DIGITS, last_checkpoint(segmentor), target, code=1)
     assert 'cannot be loaded into the ImageClassifier of the config' in printed
     assert 'The file holds LSKAVAN(' in printed
 

@@ -10,22 +10,16 @@ configs load SRC as it is; converting gives a file that opens with
 import sys
 
 from lska_mm.cli import report_errors
-from lska_mm.weights.convert import (
-    converter_parser,
-    in_words,
-    read_checkpoint,
-    write_checkpoint,
-)
+from lska_mm.weights.convert import converter_parser, read, save_with_hash, whole
 from lska_mm.weights.names import CheckpointError
 
 
 @report_errors(CheckpointError, OSError)
 def main() -> None:
     args = converter_parser('Convert a checkpoint to tensors only').parse_args()
-    _, state_dict = read_checkpoint(args.src)
-    written, description = write_checkpoint(state_dict, args.dst)
-    print(f'{in_words(description)}, {len(state_dict)} tensors')
-    print(f'written to {written}')
+    _, state_dict = read(args.src)
+    print(f'{whole(state_dict)}, {len(state_dict)} tensors')
+    print(f'written to {save_with_hash(dict(state_dict=state_dict), args.dst, args.src)}')
 
 
 if __name__ == '__main__':

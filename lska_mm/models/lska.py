@@ -20,11 +20,7 @@ ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
 
 class KernelSplit(NamedTuple):
-    """Two depth-wise kernels that together see ``kernel_size`` pixels.
-
-    ``local`` is the length of the first, ``far`` the length of the second,
-    whose taps lie ``dilation`` pixels apart.
-    """
+    """Two depth-wise kernels: ``local`` taps, then ``far`` taps ``dilation`` pixels apart."""
 
     local: int
     far: int
@@ -32,40 +28,36 @@ class KernelSplit(NamedTuple):
 
     @property
     def kernel_size(self) -> int:
-        """Pixels from the first to the last that the two kernels see."""
+        """Pixels from the first to the last that the two kernels see together."""
         return self.local + self.dilation * (self.far - 1)
 
 
-def _split(kernel_size: int) -> KernelSplit:
+def _split(kernel_size: int) -> KernelSplit | None:
     dilation = 2 if kernel_size <= 11 else 3
-    return KernelSplit(2 * dilation - 1, kernel_size // dilation, dilation)
-
-
-def _is_valid(kernel_size: int) -> bool:
-    split = _split(kernel_size)
-    return split.far % 2 == 1 and split.kernel_size == kernel_size
+    split = KernelSplit(2 * dilation - 1, kernel_size // dilation, dilation)
+    return split if split.far % 2 == 1 and split.kernel_size == kernel_size > 0 else None
 
 
 def split_kernel(kernel_size: int) -> KernelSplit:
-    """Split a kernel into a local and a far part.
+    """Split a kernel into a local and a far part that together see exactly its size.
 
-    The split is exact: ``split_kernel(k).kernel_size == k``, and both parts are
-    odd, so that they can be centered.
+    Both are odd, so that they can be centered.
 
     Raises:
         ValueError: If no such split exists; names the nearest sizes with one.
     """
     if not isinstance(kernel_size, int):
         raise ValueError(f'kernel_size={kernel_size!r} is not an integer.')
-    if kernel_size < 1 or not _is_valid(kernel_size):
-        valid = [k for k in range(7, max(kernel_size, 7) + 7) if _is_valid(k)]
+    split = _split(kernel_size)
+    if split is None:
+        valid = [k for k in range(7, max(kernel_size, 7) + 7) if _split(k)]
         nearest = [k for k in valid if k < kernel_size][-1:]
         nearest += [k for k in valid if k > kernel_size][:1]
         raise ValueError(
             f'kernel_size={kernel_size} cannot be split into two centered kernels; nearest to it '
             f'of those that can: {" and ".join(map(str, nearest))} (published: 7, 11, 23, 35, 53).'
         )
-    return _split(kernel_size)
+    return split
 
 
 def kernel_layout(attention: str, kernel_size: int) -> dict[str, tuple[tuple[int, int], int]]:

@@ -17,56 +17,97 @@ from .match import arch_name, describe
 from .names import CheckpointError, get_state_dict
 
 
-def read_checkpoint(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the file of an LSKA-VAN, or of a model that has one.
-
-    Returns all that the file holds, and the tensors under this package's names.
-
-    Raises:
-        CheckpointError: If there is no LSKA-VAN in it.
-    """
-    content = load_from_local(source, 'cpu')
-    state_dict, _ = read_state(get_state_dict(content), source)
-    others = [key for key, value in state_dict.items() if not torch.is_tensor(value)]
-    if others:
-        raise CheckpointError(f'{source}: {others[0]} is not a tensor.')
-    return content, state_dict
+def converter_parser(description: str) -> ArgumentParser:
+    """Make a parser with the arguments that converters have in common."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument('src', help='checkpoint in any published layout')
+    parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
+    return parser
 
 
-def write_checkpoint(
-    state_dict: Mapping[str, Any], target: Path, **more: Any
-) -> tuple[Path, dict[str, Any]]:
-    """Write tensors that are a whole LSKA-VAN, with a hash in the name of the file.
+def pth(path: str) -> Path:
+    """Convert an argument that names a checkpoint to write."""
+    if Path(path).suffix != '.pth':
+        raise ArgumentTypeError(f'{path} does not end in .pth')
+    return Path(path)
+
+
+def convert(
+    args: Namespace, transform: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str], str]]
+) -> None:
+    """Read ``args.src``, change its tensors, and write ``args.dst``; say what was done.
+
+    Of what else the file holds, ``meta`` stays, without the text of the config.
 
     Args:
-        state_dict: Under the names of this package's classifiers.
-        target: NAME.pth becomes NAME-1a2b3c4d.pth; its folder is made.
-        more: What else to write beside ``state_dict``.
-
-    Returns:
-        The file written, and what `describe` says of it.
+        args: What `converter_parser` parsed.
+        transform: From tensors to others, lines to print of its details, and a summary.
 
     Raises:
-        CheckpointError: If the tensors are not a whole LSKA-VAN.
+        CheckpointError: If there is no LSKA-VAN in the file, or not a whole one.
+    """
+    content, state_dict = read(args.src)
+    print(f'found {_in_words(describe(state_dict) or {})}, {len(state_dict)} tensors')
+    converted, details, summary = transform(state_dict)
+    description = whole(converted)
+    kept, dropped = {}, []
+    if 'state_dict' in content:
+        meta = content.get('meta')
+        dropped = sorted(str(key) for key in content if key not in ('state_dict', 'meta'))
+        if isinstance(meta, Mapping):
+            kept = dict(meta={key: value for key, value in meta.items() if key != 'cfg'})
+            dropped += ['meta.cfg'] if 'cfg' in meta else []
+    written = save_with_hash(dict(state_dict=converted, **kept), args.dst, args.src)
+    print('\n'.join([*details, f'{description}: {summary}']))
+    if dropped:
+        print(f'left out, as it belongs to the old weights: {", ".join(dropped)}')
+    print(f'written to {written}')
+
+
+def read(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return all that a file holds, and its tensors under this package's names.
+
+    Raises:
+        CheckpointError: If there is no LSKA-VAN among them.
+    """
+    content = load_from_local(source, 'cpu')
+    return content, read_state(get_state_dict(content), source)[0]
+
+
+def whole(state_dict: Mapping[str, Any]) -> str:
+    """Say in words which LSKA-VAN tensors are.
+
+    Raises:
+        CheckpointError: If they are not a whole one.
     """
     description = describe(state_dict) or {}
-    stages = len(description['arch']['depths'])
     deploy = 'backbone.block1.0.shortcut' in state_dict
+    last = len(description['arch']['depths']) - 1
     try:
         backbone = MODELS.build(
-            dict(type='LSKAVAN', **description, deploy=deploy, out_indices=(stages - 1,))
+            dict(type='LSKAVAN', **description, deploy=deploy, out_indices=(last,))
         )
     except ValueError as error:  # of kernels that no gate has
         raise CheckpointError(f'These are not the tensors of an LSKA-VAN: {error}') from None
     backbone.load_state_dict(state_dict)
+    return _in_words(description)
 
+
+def save_with_hash(content: Mapping[str, Any], target: Path, source: str) -> Path:
+    """Write a checkpoint, NAME.pth as NAME-1a2b3c4d.pth; return the file written.
+
+    Raises:
+        FileExistsError: If that is the file ``source``.
+    """
     buffer = io.BytesIO()
-    torch.save(dict(state_dict=state_dict, **more), buffer)
+    torch.save(content, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
     written = target.with_name(f'{target.stem}-{digest}.pth')
+    if written.exists() and written.samefile(source):
+        raise FileExistsError(f'{written} is the file to convert; name another one to write.')
     with written_beside(written) as part:
         part.write_bytes(buffer.getbuffer())
-    return written, description
+    return written
 
 
 @contextmanager
@@ -81,61 +122,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-# --- A converter, from its arguments to its last line -----------------------------
-
-
-def converter_parser(description: str) -> ArgumentParser:
-    """Make a parser with the arguments that converters have in common."""
-    parser = ArgumentParser(description=description)
-    parser.add_argument('src', help='checkpoint in any published layout')
-    parser.add_argument('dst', type=_pth, help='file to write, .pth; a hash is added to its name')
-    return parser
-
-
-def _pth(path: str) -> Path:
-    if Path(path).suffix != '.pth':
-        raise ArgumentTypeError(f'DST must end in .pth, got {path}')
-    return Path(path)
-
-
-def convert(
-    args: Namespace,
-    transform: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str], str]],
-) -> None:
-    """Read ``args.src``, change its tensors, and write ``args.dst``; say what was done.
-
-    Args:
-        args: What `converter_parser` parsed.
-        transform: From tensors to others, lines to print of its details, and a summary.
-    """
-    content, state_dict = read_checkpoint(args.src)
-    print(f'found {in_words(describe(state_dict) or {})}, {len(state_dict)} tensors')
-    converted, details, summary = transform(state_dict)
-    kept, dropped = split_meta(content)
-    written, description = write_checkpoint(converted, args.dst, **kept)
-    print('\n'.join([*details, f'{in_words(description)}: {summary}']))
-    if dropped:
-        print(f'left out, as it belongs to the old kernels: {", ".join(dropped)}')
-    print(f'written to {written}')
-
-
-def split_meta(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return what of a checkpoint is still true of other kernels, and the names of the rest.
-
-    That is ``meta`` without the text of the config, if there is one.
-    """
-    if 'state_dict' not in content:
-        return {}, []
-    meta = content.get('meta')
-    kept = {}
-    dropped = sorted(str(key) for key in content if key not in ('state_dict', 'meta'))
-    if isinstance(meta, Mapping):
-        kept = dict(meta={key: value for key, value in meta.items() if key != 'cfg'})
-        dropped += ['meta.cfg'] if 'cfg' in meta else []
-    return kept, dropped
-
-
-def in_words(description: Mapping[str, Any]) -> str:
+def _in_words(description: Mapping[str, Any]) -> str:
     """What `describe` found, in a line."""
     name = arch_name(description['arch']) or description['arch']
     return (

@@ -39,25 +39,21 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     gate = _read_gate(shapes, 1)
     if gate is None or 'patch_embed1.proj.weight' not in shapes:
         return None
-    stages = 1
-    while f'patch_embed{stages + 1}.proj.weight' in shapes:
-        stages += 1
-    depths = [
-        len({key.split('.')[1] for key in shapes if key.startswith(f'block{i + 1}.')})
-        for i in range(stages)
-    ]
-    embed_dims = [shapes[f'patch_embed{i + 1}.proj.weight'][0] for i in range(stages)]
-    hidden = [shapes.get(f'block{i + 1}.0.mlp.fc1.weight', (0,))[0] for i in range(stages)]
-    ffn_ratios = [h // dim for h, dim in zip(hidden, embed_dims)]
-    patch_sizes = [shapes[f'patch_embed{i + 1}.proj.weight'][-1] for i in range(stages)]
+    depths, patches, ffn_ratios = list[int](), list[tuple](), list[int]()
+    while (patch := shapes.get(f'patch_embed{len(depths) + 1}.proj.weight')) is not None:
+        block = f'block{len(depths) + 1}.'
+        depths.append(len({key.split('.')[1] for key in shapes if key.startswith(block)}))
+        ffn_ratios.append(shapes.get(f'{block}0.mlp.fc1.weight', (0,))[0] // patch[0])
+        patches.append(patch)
+    embed_dims, patch_sizes = [patch[0] for patch in patches], [patch[-1] for patch in patches]
     # A stage whose gate is damaged is described like the first.
-    kernel_sizes = [(_read_gate(shapes, i + 1) or gate)[1] for i in range(stages)]
-    usual = patch_sizes == [7, 3, 3, 3][:stages]
+    kernel_sizes = [(_read_gate(shapes, i + 1) or gate)[1] for i in range(len(depths))]
+    usual = patch_sizes == [7, 3, 3, 3][: len(depths)]
     return dict(
         arch=dict(embed_dims=embed_dims, depths=depths, ffn_ratios=ffn_ratios),
         attention=gate[0],
         kernel_size=kernel_sizes[0] if len(set(kernel_sizes)) == 1 else kernel_sizes,
-        in_channels=shapes['patch_embed1.proj.weight'][1],
+        in_channels=patches[0][1],
         **({} if usual else dict(patch_sizes=patch_sizes)),
     )
 
@@ -239,28 +235,23 @@ def _is_van(key: str) -> bool:
 
 def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """Say what keeps the tensors found from being those expected."""
-    others = [k for k, v in found.items() if not isinstance(v, Tensor)]
+    shared = [key for key in expected if key in found]
+    others = [key for key, value in found.items() if not isinstance(value, Tensor)]
     if others:
         return f'{len(others)} of them are not tensors (first: {others[0]})'
     missing = [k for k in expected if k not in found and not k.endswith('num_batches_tracked')]
-    extra = [k for k in found if k not in expected]
-    shapes = {
-        k: (tuple(found[k].shape), tuple(expected[k].shape))
-        for k in expected
-        if k in found and found[k].shape != expected[k].shape
-    }
     if missing:
         return f'{len(missing)} tensors are missing (first: {missing[0]})'
+    extra = [key for key in found if key not in expected]
     if extra:
         return f'{len(extra)} tensors have no place (first: {extra[0]})'
-    for key, (size, wanted) in shapes.items():
+    differ = [key for key in shared if found[key].shape != expected[key].shape]
+    if differ:
         return (
-            f'{len(shapes)} tensors differ in shape (first: {key}, found {size}, '
-            f'expected {wanted})'
+            f'{len(differ)} tensors differ in shape (first: {differ[0]}, found '
+            f'{tuple(found[differ[0]].shape)}, expected {tuple(expected[differ[0]].shape)})'
         )
-    wrong = [
-        k for k in expected if k in found and not found[k].to(expected[k].dtype).isfinite().all()
-    ]
+    wrong = [key for key in shared if not found[key].to(expected[key].dtype).isfinite().all()]
     if wrong:
         return (
             f'{len(wrong)} of {len(found)} tensors hold NaN or infinity (first: {wrong[0]}), as '

@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint
 from conftest import ROOT, build_model, small
 from lska_mm import LSKAVAN, load_from_local
 from lska_mm.cli import load_model
-from lska_mm.weights.convert import read_checkpoint
+from lska_mm.weights.convert import read
 from lska_mm.weights.names import CheckpointError
 from pickles import Bomb
 
@@ -44,7 +44,7 @@ REFUSED = r'bomb\.pth was refused: it holds posix\.mkdir, and loading that could
 
 LOADERS = {
     'load_from_local': load_from_local,
-    'read_checkpoint': read_checkpoint,
+    'read': read,
     'load_from': lambda path: load_checkpoint(LSKAVAN(), path),
     'load_model': lambda path: load_model(str(SEGMENTOR), path),
     'Pretrained': lambda path: LSKAVAN(

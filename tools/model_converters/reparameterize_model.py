@@ -1,24 +1,22 @@
 """Fold norms and layer scales of a trained LSKA-VAN into its convolutions.
 
-    python tools/model_converters/reparameterize_model.py CONFIG CHECKPOINT SAVE_PATH
+    python tools/model_converters/reparameterize_model.py CONFIG CHECKPOINT DST.pth
 
-What it saves is for inference, and gives the same outputs but for rounding. It
-loads with the same config and model.backbone.deploy=True.
+DST gets a hash in its name. It is for inference, gives the same outputs but for
+rounding, and loads with the same config and model.backbone.deploy=True.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from lska_mm.cli import load_model, report_errors
-from lska_mm.weights.convert import written_beside
+from lska_mm.weights.convert import pth, save_with_hash
 from lska_mm.weights.names import CheckpointError
 
 
-def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
-    """Convert the backbone of any of the toolboxes' models.
+def reparameterize(config: str, checkpoint: str, dst: Path) -> Path:
+    """Deploy the backbone of any of the toolboxes' models; return the file written.
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
@@ -32,8 +30,7 @@ def reparameterize(config: str, checkpoint: str, save_path: Path) -> None:
             f'{type(backbone).__name__}.'
         )
     backbone.switch_to_deploy()
-    with written_beside(save_path) as part:
-        torch.save(dict(state_dict=model.state_dict()), part)
+    return save_with_hash(dict(state_dict=model.state_dict()), dst, checkpoint)
 
 
 @report_errors(CheckpointError, OSError, TypeError)
@@ -41,10 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Make a checkpoint for inference')
     parser.add_argument('config', help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
-    parser.add_argument('save_path', type=Path, help='file to write')
+    parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
     args = parser.parse_args()
-    reparameterize(args.config, args.checkpoint, args.save_path)
-    print(f'written to {args.save_path}; it loads with model.backbone.deploy=True')
+    written = reparameterize(args.config, args.checkpoint, args.dst)
+    print(f'it loads with model.backbone.deploy=True\nwritten to {written}')
 
 
 if __name__ == '__main__':
