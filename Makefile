@@ -2,6 +2,7 @@
 #                TASK=segmentation or classification for the other two tasks
 # make test      pass the tests
 # make soak      their long forms: hours
+# make gpu       check it all on a GPU, in minutes; PYTHON=python3 for an environment of one's own
 # make lint      what CI checks before the tests
 # make setup     only the virtual environment that these need
 #
@@ -19,7 +20,7 @@ endif
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready-$(STACK)
 
-.PHONY: demo test soak lint setup
+.PHONY: demo test soak gpu lint setup
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -39,6 +40,9 @@ test: $(READY)
 
 soak: $(READY)
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -m soak -s
+
+gpu:
+	@PATH="$(BIN):$$PATH" $(or $(PYTHON),python) -m pytest -m gpu -s tests/gpu
 
 lint: $(READY)
 	@PATH="$(BIN):$$PATH" ruff check .

@@ -15,6 +15,9 @@ Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
 `with_cp`; `van`, mmpretrain's VAN of the same size, which has one kernel (21).
 With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime.
 
+With --device cuda a GPU is measured, by a plan of its own (benchmarking/gpu.py), in
+five minutes.
+
 `faults` are pages of memory that a step fetched from the system. glibc returns
 what is freed, or keeps it, depending on what the process has done before, and
 by that alone a model takes once or twice as long. The benchmark tells it to
@@ -33,16 +36,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from benchmark_report import ARCHS, HEADER, format_row, merge, write_report
-from counting import multiply_adds
+from benchmarking import gpu
+from benchmarking.counting import multiply_adds
+from benchmarking.plain_lska_van import plain_lska_van
+from benchmarking.report import ARCHS, HEADER, format_row, merge, write_report
 from lska_mm import LSKAVAN
 from lska_mm.cli import report_errors, size
-from plain_lska_van import plain_lska_van
 
 ROUNDS = 4  # steps of a model at least, however long they take
 TRIES = 5  # measurements of a combination until its times vary less
@@ -97,15 +100,8 @@ def make_onnx_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
     return lambda: session.run(None, inputs)
 
 
-def time_once(step: Callable[[], None], device: torch.device) -> float:
+def time_once(step: Callable[[], None]) -> float:
     """Milliseconds of one step."""
-    if device.type == 'cuda':
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
     begin = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - begin)
@@ -124,9 +120,7 @@ def keep_heap() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
 
 
-def time_all(
-    steps: dict, device: torch.device, seconds: float
-) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+def time_all(steps: dict, seconds: float) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
     """Milliseconds and page faults of many steps of each, in turns."""
     for step in steps.values():  # warm up
         step()
@@ -137,25 +131,15 @@ def time_all(
         for name, step in steps.items():
             time.sleep(PAUSE)
             before = page_faults()
-            times[name].append(time_once(step, device))
+            times[name].append(time_once(step))
             faults[name].append(page_faults() - before)
     return times, faults
 
 
-def matmul_rate(device: torch.device) -> float:
+def matmul_rate() -> float:
     """Multiply-adds a second of a large matrix product, in G."""
-    a = torch.rand(SIDE, SIDE, device=device)
-    times = [time_once(lambda: a @ a, device) for _ in range(7)]
-    return SIDE**3 / min(times) / 1e6
-
-
-def peak_memory(step: Callable[[], None], device: torch.device) -> float | None:
-    """MiB on the GPU during a step; on a CPU nothing counts it."""
-    if device.type != 'cuda':
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() / 2**20
+    a = torch.rand(SIDE, SIDE)
+    return SIDE**3 / 1e6 / min(time_once(lambda: a @ a) for _ in range(7))
 
 
 class WideSpreadError(RuntimeError):
@@ -180,6 +164,8 @@ def check_idle(limit: float) -> None:
     Raises:
         BusyError: If others use more than ``limit`` per cent of it.
     """
+    import psutil
+
     busy = psutil.cpu_percent(interval=2)
     if busy > limit:
         raise BusyError(f'{busy:.0f} % of the CPUs are busy; let nothing else run.')
@@ -222,18 +208,17 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     Raises:
         WideSpreadError: Names the model.
     """
-    device = torch.device(args.device)
-    image = torch.rand(batch, 3, *size, device=device)
+    image = torch.rand(batch, 3, *size)
     models = build(arch, kernel_size, args.train)
     steps = {}
     for name, model in models.items():
-        model.to(device).train(args.train)
+        model.train(args.train)
         steps[name] = make_step(model, image, args.train, args.amp)
     if args.onnx:
         for name in ('plain', 'deployed'):
             steps[f'onnx-{name}'] = make_onnx_step(models[name], image)
-    rate = matmul_rate(device)
-    times, faults = time_all(steps, device, args.seconds)
+    rate = matmul_rate()
+    times, faults = time_all(steps, args.seconds)
     passes = 3 if args.train else 1  # a backward pass costs two forward ones
     rows = []
     for name, values in times.items():
@@ -247,7 +232,6 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
                 model=name, milliseconds=median, spread=spread,
                 ratio=statistics.median(times['plain']) / median,
                 share=work / median / rate, faults=round(statistics.median(faults[name])),
-                memory=peak_memory(steps[name], device),
             )
         )  # fmt: skip
     print('\n'.join(map(format_row, rows)), flush=True)
@@ -265,8 +249,9 @@ def main() -> None:
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument('--onnx', action='store_true', help='ONNX Runtime too; on a CPU')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--seconds', type=float, default=10, help='for each combination')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--seconds', type=float, help='for each combination, by default 10; on a '
+                        'GPU for all of its plan, 270')  # fmt: skip
     parser.add_argument('--runs', type=int, default=1, help='repetitions of everything')
     add_limits(parser)
     parser.add_argument('--fresh-heap', action='store_true', help='see faults, above')
@@ -274,9 +259,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.onnx and (args.train or args.device != 'cpu'):
         parser.error('--onnx is for inference on a CPU')
+    if args.device == 'cuda':
+        if not torch.cuda.is_available():
+            parser.error('--device cuda needs a GPU, torch sees none')
+        print(
+            f'{gpu.run(build, args.out, args.seconds or 270)}\nwritten to {args.out}/benchmark.*'
+        )
+        return
+    args.seconds = args.seconds or 10
     check_idle(args.max_busy)
-    device = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
-    print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
+    print(f'CPU, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if not args.fresh_heap:
         keep_heap()
     print(HEADER)

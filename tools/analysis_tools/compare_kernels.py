@@ -42,7 +42,7 @@ from benchmark import (
     median_and_spread,
     time_all,
 )
-from counting import Classifier, count_costs, saved_bytes
+from benchmarking.counting import Classifier, count_costs, saved_bytes
 from lska_mm import LSKAVAN
 from lska_mm.cli import init_quietly, markdown, report_errors, size
 from lska_mm.models.archs import ARCHS
@@ -56,7 +56,6 @@ from matplotlib import pyplot as plt
 
 NOISE = (4, 3, 256, 256)  # images for the effective receptive field
 SHARES = (0.5, 0.99)
-CPU = torch.device('cpu')
 # Key of a row: its column's head, and how a cell is written.
 COLUMNS = dict(
     attention=('gate', str),
@@ -124,7 +123,7 @@ def measure(args: argparse.Namespace, rows: list[dict]) -> None:
     for row in rows:
         model = Classifier(args.arch, row['kernel_size'], row['attention']).eval()
         steps[row['attention'], row['kernel_size']] = make_step(model, image, False, False)
-    times, _ = time_all(steps, CPU, args.seconds * len(steps))
+    times, _ = time_all(steps, args.seconds * len(steps))
     for row, ((attention, k), values) in zip(rows, times.items()):
         name = f'{attention}, {args.arch} k={k}'
         row['milliseconds'], row['spread'] = median_and_spread(name, values, args.max_spread)

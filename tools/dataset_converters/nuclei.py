@@ -7,6 +7,7 @@ writes, from the image and label map in SRC (demo/nuclei),
     OUT/coco/annotations/{train,val}.json      OUT/coco/{train,val}/*.png
     OUT/ade/annotations/{training,validation}  OUT/ade/images/{training,validation}
 
+or one of the two (--formats; coco needs pycocotools).
 Columns before VAL_COLUMN are for training, the others for validation: no
 pixel is in both. A nucleus on the border is cut, a piece in each set.
 """
@@ -14,16 +15,17 @@ pixel is in both. A nucleus on the border is cut, a piece in each set.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from lska_mm.cli import report_errors
 from lska_mm.weights.convert import written_beside
 
+FORMATS = ['coco', 'ade']
 VAL_COLUMN = 352
 MIN_AREA = 10  # pixels; less of a nucleus on the border is no object
 ADE_SPLITS = dict(train='training', val='validation')
@@ -33,6 +35,8 @@ ADE_BACKGROUND, ADE_NUCLEUS = 1, 2
 
 def coco_annotations(labels: np.ndarray, image_id: int) -> list[dict]:
     """One COCO annotation for each value but 0 of a label map (H, W)."""
+    from pycocotools import mask as coco_mask
+
     annotations = []
     for value in np.unique(labels[labels > 0]):
         mask = labels == value
@@ -64,8 +68,8 @@ def write(data: bytes, path: Path) -> None:
         part.write_bytes(data)
 
 
-def convert(source: Path, out: Path) -> None:
-    """Write both data sets into ``out`` from ``source``/{image,labels}.png.
+def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
+    """Write data sets into ``out`` from ``source``/{image,labels}.png.
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
@@ -86,22 +90,24 @@ def convert(source: Path, out: Path) -> None:
     columns = dict(train=slice(None, VAL_COLUMN), val=slice(VAL_COLUMN, None))
     for image_id, (split, part) in enumerate(columns.items(), start=1):
         tile, tile_labels = image[:, part], labels[:, part]
-        annotations = coco_annotations(tile_labels, image_id)
-        if not annotations:
+        _, areas = np.unique(tile_labels[tile_labels > 0], return_counts=True)
+        nuclei = int((areas >= MIN_AREA).sum())
+        if not nuclei:
             raise ValueError(f'{source}: the columns for {split} hold no nucleus.')
         height, width = tile.shape[:2]
-        write(png(tile), out / f'coco/{split}/nuclei.png')
-        data = dict(
-            images=[dict(id=image_id, file_name='nuclei.png', height=height, width=width)],
-            categories=[dict(id=1, name='nucleus')],
-            annotations=annotations,
-        )
-        write(json.dumps(data).encode(), out / f'coco/annotations/{split}.json')
-
-        semantic = np.where(tile_labels > 0, ADE_NUCLEUS, ADE_BACKGROUND).astype(np.uint8)
-        write(png(tile), out / f'ade/images/{ADE_SPLITS[split]}/nuclei.png')
-        write(png(semantic), out / f'ade/annotations/{ADE_SPLITS[split]}/nuclei.png')
-        print(f'{split}: {width} x {height} pixels, {len(annotations)} nuclei')
+        if 'coco' in formats:
+            data = dict(
+                images=[dict(id=image_id, file_name='nuclei.png', height=height, width=width)],
+                categories=[dict(id=1, name='nucleus')],
+                annotations=coco_annotations(tile_labels, image_id),
+            )
+            write(png(tile), out / f'coco/{split}/nuclei.png')
+            write(json.dumps(data).encode(), out / f'coco/annotations/{split}.json')
+        if 'ade' in formats:
+            semantic = np.where(tile_labels > 0, ADE_NUCLEUS, ADE_BACKGROUND).astype(np.uint8)
+            write(png(tile), out / f'ade/images/{ADE_SPLITS[split]}/nuclei.png')
+            write(png(semantic), out / f'ade/annotations/{ADE_SPLITS[split]}/nuclei.png')
+        print(f'{split}: {width} x {height} pixels, {nuclei} nuclei')
     print(f'written to {out}')
 
 
@@ -113,8 +119,9 @@ def main() -> None:
         'src', nargs='?', type=Path, default=embedded, help='folder with image.png and labels.png'
     )
     parser.add_argument('--out', type=Path, default=Path('data/nuclei'), help='output folder')
+    parser.add_argument('--formats', nargs='+', choices=FORMATS, default=FORMATS)
     args = parser.parse_args()
-    convert(args.src, args.out)
+    convert(args.src, args.out, args.formats)
 
 
 if __name__ == '__main__':

@@ -14,8 +14,7 @@ from matplotlib import pyplot as plt
 ARCHS = ['tiny', 'small', 'base']
 KEYS = ['arch', 'kernel_size', 'batch', 'height', 'width', 'model']
 HEADER = (
-    '| arch | k | batch | size | model | ms | ± | ratio | of matmul | faults | GPU MiB |\n'
-    f'|{" --- |" * 11}'
+    f'| arch | k | batch | size | model | ms | ± | ratio | of matmul | faults |\n|{" --- |" * 10}'
 )
 
 
@@ -37,7 +36,6 @@ def format_row(row: dict) -> str:
         row['model'], f'{row["milliseconds"]:.1f}', f'{row["spread"]:.0%}',
         format_ratio(row), f'{row["share"]:.0%}',
         row['faults'],
-        '' if row['memory'] is None else f'{row["memory"]:.0f}',
     ]  # fmt: skip
     return f'| {" | ".join(map(str, cells))} |'
 

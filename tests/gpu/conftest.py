@@ -1,0 +1,97 @@
+"""What the checks of `make gpu` share; `make test` runs their bodies on a CPU, smaller."""
+
+import copy
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, trained
+
+
+def pytest_configure(config):
+    if config.getoption('markexpr') == 'gpu' and not torch.cuda.is_available():
+        pytest.exit('make gpu needs a GPU, torch sees none; make test has its checks on a CPU', 1)
+
+
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def build(device):
+    """Build a backbone with random biases, norms and scales, on a CPU: tiny, or smaller there."""
+    size = dict(arch='tiny', out_indices=(0, 1, 2, 3)) if device.type == 'cuda' else {}
+    return lambda **kwargs: trained(**size, **kwargs)
+
+
+@pytest.fixture
+def images(device):
+    """Two images on a CPU."""
+    torch.manual_seed(1)
+    return torch.rand(2, 3, *((96, 96) if device.type == 'cuda' else (32, 32)))
+
+
+@pytest.fixture
+def tool(device, request):
+    """Run Python with some arguments; returns what it printed."""
+    if device.type == 'cpu':
+        return functools.partial(request.getfixturevalue('run'), 'python')
+
+    def _tool(*words):  # where less is installed
+        result = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=ROOT,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout[-5000:]
+        return result.stdout
+
+    return _tool
+
+
+def on(device, model):
+    """A copy of a model on a device."""
+    return copy.deepcopy(model).to(device)
+
+
+def gradients(model, images, seed=0, dtype=None):
+    """The gradient of each parameter, on the CPU, from weights that tell all outputs apart."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    with torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        outs = model(images)
+    total = sum((out.float() * wave(out)).mean() for out in outs)
+    total.backward()
+    return {name: p.grad.cpu() for name, p in model.named_parameters()}
+
+
+def wave(x):
+    """Weights of the shape of ``x`` around 0, the same on any device."""
+    return torch.arange(x.numel(), device=x.device).reshape(x.shape).mul(0.7).sin()
+
+
+def assert_close(found, expected, tolerance):
+    """Compare outputs, relative to the largest of each."""
+    for one, other in zip(found, expected, strict=True):
+        one, other = one.detach().cpu().float(), other.detach().cpu().float()
+        assert one.isfinite().all()
+        error = (one - other).abs().max() / other.abs().max()
+        assert error <= tolerance
+
+
+def assert_close_gradients(found, expected, tolerance):
+    """Compare gradients, relative to the largest of the same kind of parameter.
+
+    Those that are zero but for rounding (of biases before a norm) have no scale of their own.
+    """
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max(), 0.01 * largest)
+        error = (found[name] - gradient).abs().max() / scale
+        assert error <= tolerance, f'{name}: {error:.2g}'

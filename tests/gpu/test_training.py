@@ -1,0 +1,118 @@
+"""Trainings through the Runner, as they are started by hand, and the memory of a step."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import ROOT, load_tool
+from lska_mm import LSKAVAN
+
+counting = load_tool('tools/analysis_tools/benchmarking/counting.py')
+plain_lska_van = load_tool('tools/analysis_tools/benchmarking/plain_lska_van.py').plain_lska_van
+
+DIGITS = {
+    'fp16': "optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic')",
+    'bfloat16': "optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16')",
+    'ema': "custom_hooks = [dict(type='EMAHook', momentum=0.02)]",
+    'compile': 'compile = True',
+}
+ON_CPU = {  # mixed precision is for GPUs there, and the compiler takes minutes
+    'fp16': '',
+    'bfloat16': '',
+    'compile': "compile = dict(backend='aot_eager')",
+}
+
+
+def last_metric(work_dir, name):
+    """The last value in MMEngine's log."""
+    [path] = work_dir.glob('*/vis_data/scalars.json')
+    values = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line[name] for line in values if name in line][-1]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp('digits')
+    load_tool('tools/dataset_converters/digits.py').convert(out)
+    return out
+
+
+@pytest.mark.parametrize('how', DIGITS)
+def test_classifier(device, tool, digits, tmp_path, how):
+    """The digits, in 8 epochs; on a CPU a step of them."""
+    text, epochs, few = DIGITS[how], 8, []
+    if device.type == 'cpu':
+        text, epochs = ON_CPU.get(how, text), 1
+        few = [f'{part}_dataloader.dataset.indices=32' for part in ('train', 'val', 'test')]
+    config = tmp_path / 'config.py'
+    config.write_text(f"_base_ = '{ROOT}/demo/lska-van-tiny_digits.py'\n{text}\n")
+    data = [f'{part}_dataloader.dataset.data_root={digits}' for part in ('train', 'val', 'test')]
+    tool(
+        'tools/train.py', config, '--work-dir', tmp_path / 'work', '--cfg-options', *data, *few,
+        f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={epochs}',
+        f'param_scheduler.1.end={max(epochs, 2)}',
+    )  # fmt: skip
+    top1 = last_metric(tmp_path / 'work', 'accuracy/top1')
+    print(f'{how}, {device}: top-1 {top1:.2f} after {epochs} epochs')
+    assert top1 >= (95 if device.type == 'cuda' else 0)
+
+
+def test_segmentor_with_sync_bn(device, tool, tmp_path):
+    """The nuclei, by one process of torchrun: NCCL, or gloo."""
+    tool('tools/dataset_converters/nuclei.py', '--out', tmp_path / 'nuclei', '--formats', 'ade')
+    iterations = 200 if device.type == 'cuda' else 1
+    data = [
+        f'{part}_dataloader.dataset.data_root={tmp_path}/nuclei/ade'
+        for part in ('train', 'val', 'test')
+    ]
+    printed = tool(
+        '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=1',
+        'tools/train.py', 'demo/lska-van-tiny_fpn_nuclei.py', '--launcher', 'pytorch',
+        '--work-dir', tmp_path / 'work', '--cfg-options', 'sync_bn=torch', *data,
+        f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}',
+    )  # fmt: skip
+    assert ('SyncBN is plain BatchNorm' in printed) == (device.type == 'cpu')
+    iou = last_metric(tmp_path / 'work', 'mIoU')
+    print(f'{device}: mIoU {iou:.2f} after {iterations} iterations')
+    assert iou >= (85 if device.type == 'cuda' else 0)
+
+
+def test_memory_of_a_step(device):
+    """Against the plain model's, at most what the saved bytes say and a tenth."""
+    images = torch.rand(*((16, 3, 224, 224) if device.type == 'cuda' else (1, 3, 64, 64)))
+    images = images.to(device)
+    models = dict(plain=plain_lska_van('tiny', 23), default=LSKAVAN(out_indices=(0, 1, 2, 3)))
+    models['with_cp'] = LSKAVAN(out_indices=(0, 1, 2, 3), with_cp=True)
+    saved, peak = {}, {}
+    for name, model in models.items():
+        model = model.train().to(device)
+        bare = Bare(model, model.features if name == 'plain' else model)
+        saved[name] = counting.saved_bytes(bare, images)
+        peak[name] = peak_of(bare, images) if device.type == 'cuda' else saved[name]
+        model.to('cpu')
+    for name in ('default', 'with_cp'):
+        ratios = [values[name] / values['plain'] for values in (peak, saved)]
+        print(f'{name}, {device}: peak {ratios[0]:.2f} of the plain one, saved {ratios[1]:.2f}')
+        assert ratios[0] <= ratios[1] + 0.1
+
+
+class Bare(torch.nn.Module):
+    """A model that computes the maps of the stages alone."""
+
+    def __init__(self, model, step):
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, x):
+        return self.step(x)
+
+
+def peak_of(bare, images):
+    """Bytes on the GPU during forward and backward, beyond what was there before."""
+    for _ in range(2):  # the first makes what stays
+        bare.zero_grad()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        sum(out.mean() for out in bare(images)).backward()
+    return torch.cuda.max_memory_allocated() - before

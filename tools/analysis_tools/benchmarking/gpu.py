@@ -1,0 +1,277 @@
+"""The benchmark on a GPU: what is measured there, and how.
+
+Everything is in one process and in turns, as on a CPU. Graphs are of whole steps,
+captured by PyTorch; compiled models are those of `torch.compile` with its defaults.
+Combinations come in the order of their weight, and those for which the time is not
+enough are named.
+"""
+
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarking.gpu_report import kind, plot, profile_table, table
+from benchmarking.paper import least_milliseconds, operators
+
+TURNS = 7  # steps of each model, in turns
+WARM_UP = 3
+TYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+
+
+class Case(NamedTuple):
+    """A combination to measure."""
+
+    arch: str
+    kernel_size: int
+    batch: int
+    size: tuple[int, int]
+    precision: str
+    layout: str
+    train: bool
+    compiled: bool = False  # compiled models beside the others
+
+
+SHAPES = ((32, (224, 224)), (2, (800, 1216)), (1, (224, 224)))
+ARCHS = ('tiny', 'base')
+
+
+def plan() -> Iterator[Case]:
+    """List what is measured, the most telling first."""
+    modes, layouts = (False, True), ('NCHW', 'channels_last')
+    for arch, train, shape, layout in itertools.product(ARCHS, modes, SHAPES, layouts):
+        yield Case(arch, 23, *shape, 'bf16', layout, train)
+    for train in modes:
+        yield Case('tiny', 23, *SHAPES[0], 'bf16', 'NCHW', train, compiled=True)
+    for shape, precision, arch, train, layout in itertools.product(
+        SHAPES, ('fp16', 'fp32'), ARCHS, modes, layouts
+    ):
+        yield Case(arch, 23, *shape, precision, layout, train)
+    for k, arch, train in itertools.product((53, 7), ARCHS, modes):
+        yield Case(arch, k, *SHAPES[0], 'bf16', 'NCHW', train)
+    for train in modes:
+        yield Case('base', 23, *SHAPES[0], 'bf16', 'NCHW', train, compiled=True)
+    for train in modes:
+        yield Case('tiny', 23, *SHAPES[0], 'bf16', 'channels_last', train, compiled=True)
+    for k, arch, train, shape in itertools.product((53, 7), ARCHS, modes, SHAPES[1:]):
+        yield Case(arch, k, *shape, 'bf16', 'NCHW', train)
+
+
+class Device:
+    """A GPU, or for tests a CPU: its clock, graphs, compiler and rates."""
+
+    def __init__(self, name: str):
+        self.device = torch.device(name)
+        self.is_gpu = self.device.type == 'cuda'
+        self.rates = {key: self._matmul_rate(dtype) for key, dtype in TYPES.items()}
+        self.copy_rate = self._copy_rate()
+
+    def milliseconds(self, step: Callable[[], Any]) -> float:
+        """Time of one step."""
+        if not self.is_gpu:
+            begin = time.perf_counter()
+            step()
+            return 1e3 * (time.perf_counter() - begin)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def _matmul_rate(self, dtype: torch.dtype) -> float:
+        side = 8192 if self.is_gpu else 256
+        a = torch.rand(side, side, device=self.device).to(dtype)
+        return side**3 / 1e-3 / min(self.milliseconds(lambda: a @ a) for _ in range(5))
+
+    def _copy_rate(self) -> float:
+        a = torch.empty(2**28 if self.is_gpu else 2**20, dtype=torch.uint8, device=self.device)
+        b = torch.empty_like(a)
+        return 2 * len(a) / 1e-3 / min(self.milliseconds(lambda: b.copy_(a)) for _ in range(5))
+
+    def capture(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """Make a CUDA graph of a step."""
+        if not self.is_gpu:
+            return step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = step()
+        return lambda: (graph.replay(), kept)
+
+    def compile(self, model: nn.Module) -> Callable:
+        """Compile a model for one size of images."""
+        how = dict(dynamic=False) if self.is_gpu else dict(backend='eager')
+        return torch.compile(model, **how)
+
+    def profile(self, step: Callable[[], Any]) -> Counter:
+        """Milliseconds and number of kernels of a step, by kind."""
+        from torch.profiler import ProfilerActivity, profile
+
+        step()
+        with profile(activities=[*ProfilerActivity.__members__.values()][: 1 + self.is_gpu]) as p:
+            step()
+            if self.is_gpu:
+                torch.cuda.synchronize()
+        found: Counter = Counter()
+        for event in p.events():
+            if not self.is_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
+                found[kind(event.name), 'ms'] += event.time_range.elapsed_us() / 1e3
+                found[kind(event.name), 'kernels'] += 1
+        return found
+
+
+def make_step(run: Callable, model: nn.Module, images: torch.Tensor, case: Case) -> Callable:
+    """What is timed: an inference, or a forward and a backward pass."""
+    amp = case.precision != 'fp32'
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        with (
+            torch.set_grad_enabled(case.train),
+            torch.autocast(images.device.type, TYPES[case.precision] if amp else None, amp),
+        ):
+            out = run(images)
+        if not case.train:
+            return out
+        out = out[-1] if isinstance(out, tuple) else out
+        out.float().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    return step
+
+
+def measure(case: Case, models: dict[str, nn.Module], device: Device) -> list[dict]:
+    """A row for each model: milliseconds, ratio to the plain one, limit on paper, memory."""
+    images = torch.rand(case.batch, 3, *case.size, device=device.device)
+    if case.layout == 'channels_last':
+        images = images.contiguous(memory_format=torch.channels_last)
+        models = {k: m.to(memory_format=torch.channels_last) for k, m in models.items()}
+    steps, owners = {}, {}
+    for name, model in models.items():
+        model.to(device.device)
+        model.train(case.train)
+        steps[name] = make_step(model, model, images, case)
+        owners[name] = model
+        if case.compiled and name not in ('van', 'with_cp'):
+            torch.compiler.reset()
+            step = make_step(device.compile(model), model, images, case)
+            variants = {
+                f'{name} graph': device.capture(steps[name]),
+                f'{name} compiled': step,
+            }
+            for _ in range(WARM_UP):
+                step()
+            variants[f'{name} compiled graph'] = device.capture(step)
+            steps.update(variants)
+            owners.update(dict.fromkeys(variants, model))
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(TURNS):
+        for name, step in steps.items():
+            times[name].append(device.milliseconds(step))
+    plain = statistics.median(times['plain'])
+    rows = []
+    for name, values in times.items():
+        limit, kernels = paper(owners[name], images.to(TYPES[case.precision]), case, device)
+        median = statistics.median(values)
+        low, _, high = statistics.quantiles(values, n=4)
+        rows.append(
+            dict(
+                arch=case.arch, kernel_size=case.kernel_size, batch=case.batch,
+                height=case.size[0], width=case.size[1], precision=case.precision,
+                layout=case.layout, train=case.train, model=name, milliseconds=median,
+                spread=(high - low) / 2 / median, ratio=plain / median, limit=limit,
+                share=limit / median, kernels=kernels, memory=peak(steps[name], device),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def paper(model: nn.Module, images: torch.Tensor, case: Case, device: Device) -> tuple:
+    """Milliseconds of the limit, and the number of kernels; counted once for each model."""
+    key = (*case[:5], case.train)
+    counted = model.__dict__.setdefault('_on_paper', {})
+    if key not in counted:
+        found = operators(model, images, case.train)
+        limit = least_milliseconds(found, device.copy_rate, device.rates[case.precision])
+        counted[key] = limit, len(found)
+    return counted[key]
+
+
+def peak(step: Callable[[], Any], device: Device) -> float | None:
+    """MiB on the GPU during a step, beside what lies there anyway."""
+    if not device.is_gpu:
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def run(build: Callable, out: Path, seconds: float, name: str = 'cuda', cases: Any = None) -> str:
+    """Measure, and write benchmark.json, benchmark.md and benchmark.png into ``out``.
+
+    Args:
+        build: From arch, kernel size and whether to train to models by name.
+        out: Folder for the files.
+        seconds: After these, what is left of the plan is named, not measured.
+        name: Device.
+        cases: `Case`s instead of `plan`.
+
+    Returns:
+        What benchmark.md holds.
+    """
+    begin, device = time.perf_counter(), Device(name)
+    rows, left, profiles = [], [], {}
+    build = functools.lru_cache(maxsize=1)(build)
+    for case in cases or plan():
+        if time.perf_counter() - begin > seconds:
+            left.append(case)
+            continue
+        models = build(case.arch, case.kernel_size, case.train)
+        try:
+            found = measure(case, models, device)
+        except RuntimeError as error:  # of the compiler, a capture, or memory: the others go on
+            print(f'{case}: {type(error).__name__}: {str(error)[:300]}', flush=True)
+            left.append(case)
+            continue
+        rows += found
+        print(table(found), flush=True)
+        if case.train and case[1:4] == (23, *SHAPES[0]) and case.precision == 'bf16':
+            for key in ('plain', 'default'):
+                images = torch.rand(case.batch, 3, *case.size, device=device.device)
+                step = make_step(models[key], models[key], images, case)
+                profiles[f'{key}, {case.arch}, {case.layout}'] = device.profile(step)
+    gpu = torch.cuda.get_device_name() if device.is_gpu else 'CPU'
+    rates = ', '.join(f'{key} {rate / 1e12:.1f}' for key, rate in device.rates.items())
+    head = (
+        f'{gpu}, torch {torch.__version__}, TF32 off; copies {device.copy_rate / 1e12:.2f} TB/s, '
+        f'matrix products, 1e12 multiply-adds/s: {rates}; {len(left)} combinations left out'
+    )
+    text = '\n\n'.join([head, table(rows), *([profile_table(profiles)] if profiles else [])])
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {key: {' '.join(k): v for k, v in c.items()} for key, c in profiles.items()}
+    content = dict(
+        machine=head, rows=rows, profiles=kept, left_out=[case._asdict() for case in left]
+    )
+    (out / 'benchmark.json').write_text(json.dumps(content, indent=1))
+    (out / 'benchmark.md').write_text(f'{text}\n')
+    plot(rows, out / 'benchmark.png')
+    return text
