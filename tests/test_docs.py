@@ -145,6 +145,10 @@ COMMANDS = {
         ),
         'python tools/analysis_tools/benchmark.py --archs tiny --kernel-sizes 7 23 53 '
         '--out work_dirs/benchmark': (['--help'], 'usage: benchmark.py'),
+        'make gpu': (['-n'], 'python -m pytest -m gpu -s tests/gpu'),
+        'python tools/analysis_tools/benchmark.py --device cuda --out work_dirs/benchmark-gpu': (
+            ['--help'], 'usage: benchmark.py',
+        ),
         'python tools/deployment/export_onnx.py demo/lska-van-tiny_fpn_nuclei.py '
         'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth segmentor.onnx --size 128x128': (
             [], 'written to segmentor.onnx',

@@ -1,7 +1,7 @@
 """What the checks of `make gpu` share; `make test` runs their bodies on a CPU, smaller."""
 
 import copy
-import functools
+import os
 import subprocess
 import sys
 
@@ -17,10 +17,15 @@ def pytest_configure(config):
 
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    return torch.device(request.param)
+def device(request):
+    """A device, with all digits of float32."""
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [part.allow_tf32 for part in parts]
+    for part in parts:
+        part.allow_tf32 = False
+    yield torch.device(request.param)
+    for part, value in zip(parts, before):
+        part.allow_tf32 = value
 
 
 @pytest.fixture
@@ -38,15 +43,14 @@ def images(device):
 
 
 @pytest.fixture
-def tool(device, request):
-    """Run Python with some arguments; returns what it printed."""
-    if device.type == 'cpu':
-        return functools.partial(request.getfixturevalue('run'), 'python')
+def tool():
+    """Run Python with some arguments, where little is installed; returns what it printed."""
 
-    def _tool(*words):  # where less is installed
+    def _tool(*words):
         result = subprocess.run(
             [sys.executable, *map(str, words)], cwd=ROOT,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+            env={'OMP_NUM_THREADS': '2', **os.environ}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stdout[-5000:]
         return result.stdout

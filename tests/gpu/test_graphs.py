@@ -102,6 +102,7 @@ def test_compiled(device, build, images, mode):
 
 
 def test_onnx(device, build, images):
+    pytest.importorskip('onnx')
     from torch.onnx.utils import export
 
     backbone, file = build().to(device), io.BytesIO()
