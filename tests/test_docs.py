@@ -41,7 +41,7 @@ WEIGHTS = 'pretrained/lska-van-tiny_k23_in1k.pth'
 CONVERT = (
     'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth'
 )
-RESIZE = 'python tools/model_converters/resize_kernel.py pretrained/lska-van-tiny_k23_in1k.pth'
+RESIZE = 'python tools/model_converters/resize_weights.py pretrained/lska-van-tiny_k23_in1k.pth'
 VAN = 'van-tiny_8xb128_in1k_20220501-385941af.pth'
 
 # Of each text, a command: what is added to it here, and what it must print.
@@ -100,6 +100,7 @@ COMMANDS = {
         f'{RESIZE} lska-van-tiny_k11.pth --kernel-size 11 --nearest': (
             [], 'kernel size 11: not the same function',
         ),
+        f'{RESIZE} lska-van-tiny_4bands.pth --in-channels 4': ([], 'images of 4 channels'),
         f'python tools/model_converters/van2lska.py pretrained/{VAN} van-tiny.pth': (
             [], 'kernel size 23: ',
         ),

@@ -219,10 +219,8 @@ def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str
     if not differ:
         return f'The weights are of {_signature(found)}, as this backbone is, but {problem}.'
     advice = 'Change the backbone in the config, or the checkpoint'
-    if set(differ) <= {'kernel_size', 'attention'}:
-        advice += ' (resize_kernel.py and van2lska.py in tools/model_converters do)'
-    elif differ == ['in_channels']:
-        advice = f'Build it with in_channels={weights["in_channels"]}, or with init_cfg=None'
+    if set(differ) <= {'kernel_size', 'attention', 'in_channels'}:
+        advice += ' (resize_weights.py and van2lska.py in tools/model_converters do)'
     return (
         f'The weights are of {_signature(found)}, this backbone is {_signature(expected)}: '
         f'{problem}. {advice}.'

@@ -1,4 +1,4 @@
-"""Weights of another kernel size, by a line in a config."""
+"""Weights of another kernel size or number of image channels, by a line in a config."""
 
 import re
 from typing import Any
@@ -9,6 +9,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
+from .channels import resize_channels
 from .match import describe
 from .names import convert_state_dict, get_state_dict
 from .resize import resize_kernels, summarize_errors
@@ -18,12 +19,15 @@ _STAGE = re.compile(r'backbone\.(?:patch_embed|block|norm)(\d+)\..+')
 
 @WEIGHT_INITIALIZERS.register_module()
 class ResizedPretrained:
-    """Start an `LSKAVAN` from weights of another kernel size.
+    """Start an `LSKAVAN` from weights of another kernel size, or for other images.
 
     In a config, where ``Pretrained`` would refuse the file:
 
         backbone=dict(kernel_size=53, init_cfg=dict(
             type='ResizedPretrained', checkpoint='pretrained/lska-van-tiny_k23_in1k.pth'))
+
+    The backbone's ``kernel_size`` and ``in_channels`` say what is made of them, see
+    `resize_kernels` and `resize_channels`.
 
     Args:
         checkpoint: File or URL of the weights, in any layout; a config that names
@@ -32,8 +36,8 @@ class ResizedPretrained:
             see `resize_kernels`.
 
     Raises:
-        CheckpointError: See `resize_kernels`; if the weights differ from the
-            backbone in more than the kernel size.
+        CheckpointError: See these functions; if the weights differ from the backbone
+            in more.
         TypeError: If it is the ``init_cfg`` of another module than an `LSKAVAN`.
         ValueError: If there is no ``checkpoint``.
     """
@@ -62,11 +66,14 @@ class ResizedPretrained:
             if (stage := _STAGE.fullmatch(key)) and int(stage[1]) <= module.num_stages
         }
         found = describe(state)
-        if found and {**found, 'kernel_size': expected['kernel_size']} == expected:
-            state, errors = resize_kernels(state, expected['kernel_size'], self.nearest)
+        wanted = {key: expected[key] for key in ('kernel_size', 'in_channels')}
+        if found and {**found, **wanted} == expected:
+            state = resize_channels(state, wanted['in_channels'])
+            state, errors = resize_kernels(state, wanted['kernel_size'], self.nearest)
             print_log(
                 f'{self.checkpoint}: attention kernels of size {found["kernel_size"]} resized to '
-                f'{expected["kernel_size"]}, {summarize_errors(errors)}',
+                f'{wanted["kernel_size"]}, {summarize_errors(errors)}; image channels '
+                f'{found["in_channels"]}, now {wanted["in_channels"]}',
                 logger='current',
             )
         load_state_dict(module, state, logger='current')  # refuses what else differs

@@ -77,6 +77,20 @@ def test_packed_weights_follow_the_parameters():
             assert torch.equal(backbone(image)[1], before)
 
 
+def test_weights_are_packed_for_the_size_of_the_maps():
+    """What suits large maps is up to twice as slow on small ones, and the other way round."""
+    backbone = small(deploy=True)
+
+    def packed(side):
+        with torch.no_grad():
+            backbone(torch.rand(1, 3, side, side))
+        return backbone.block1[0].mlp.fc1._packed[1]
+
+    first = packed(96)
+    assert packed(98) is first
+    assert packed(288) is not first
+
+
 def test_deploying_in_training_mode_ends_in_evaluation():
     """MMDeploy calls it before `eval()`."""
     backbone, twin, image = small().train(), small().eval(), torch.rand(1, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""Weights of another kernel size, by a line in a config."""
+"""Weights of another kernel size or number of channels, by a line in a config."""
 
 import re
 import sys
@@ -49,6 +49,16 @@ def test_initialiser_in_a_detector(published_file):
         assert reference_error(detector.backbone.eval()(reference_image())) <= 1e-5
 
 
+def test_initialiser_takes_another_number_of_channels(small_file):
+    """Grey: what three equal channels gave. Other kernels at the same time."""
+    path, backbone = small_file
+    grey = resized_backbone(path, in_channels=1)
+    image = torch.rand(2, 1, 61, 83)
+    with torch.no_grad():
+        for out, expected in zip(grey(image), backbone(image.expand(-1, 3, -1, -1))):
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
 def test_initialiser_says_what_it_did(small_file, monkeypatch, capsys):
     path, _ = small_file
     for handler in MMLogger.get_current_instance().handlers:
@@ -56,7 +66,8 @@ def test_initialiser_says_what_it_did(small_file, monkeypatch, capsys):
     resized_backbone(path)
     resized_backbone(path, kernel_size=11, nearest=True)
     printed = capsys.readouterr().out
-    assert f'{path}: attention kernels of size 23 resized to 53, the same function' in printed
+    same = f'{path}: attention kernels of size 23 resized to 53, the same function; '
+    assert f'{same}image channels 3, now 3' in printed
     assert re.search(r'size 23 resized to 11, not the same function: dense kernels differ by up '
                      r'to 0\.\d+, on average 0\.\d+ of their norm', printed)  # fmt: skip
 
@@ -67,7 +78,7 @@ def test_initialiser_says_what_it_did(small_file, monkeypatch, capsys):
         (dict(kernel_size=11), r'those of 11 2 apart.*nearest=True'),
         (dict(arch=dict(SMALL, depths=[1, 1])), r"depths': \[2, 1\].*depths': \[1, 1\].*Nothing"),
         (dict(attention='LKA'), "attention='LSKA'.*attention='LKA'.*Nothing was loaded"),
-        (dict(in_channels=4), r'in_channels=3.*in_channels=4'),
+        (dict(norm_cfg=dict(type='GN', num_groups=2)), 'tensors have no place'),
     ],
 )
 def test_initialiser_refuses(small_file, kwargs, match):

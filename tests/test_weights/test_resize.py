@@ -24,7 +24,7 @@ from lska_mm.weights.names import CheckpointError, convert_state_dict
 from lska_mm.weights.resize import resize_kernels
 
 PAIRS = [*combinations((23, 35, 41, 53, 65), 2), (7, 11)]
-RESIZE = 'tools/model_converters/resize_kernel.py'
+RESIZE = 'tools/model_converters/resize_weights.py'
 
 
 @pytest.mark.parametrize(
@@ -177,5 +177,5 @@ def test_resize_tool_fits_and_keeps_meta(run, tmp_path):
 
     written_file(printed).unlink()
     refused = run(*command, 24, code=1)
-    assert refused.splitlines()[-1].startswith('resize_kernel.py: kernel_size=24 cannot be split')
+    assert refused.splitlines()[-1].startswith('resize_weights.py: kernel_size=24 cannot be split')
     assert [path.name for path in tmp_path.iterdir()] == ['in.pth']

@@ -150,7 +150,7 @@ TOOLS = {
     'test.py': lambda path: [[SEGMENTOR, path, *data_options(path)]],
     'convert_checkpoint.py': lambda path: [[path, 'out/new.pth']],
     'model_converters/reparameterize_model.py': lambda path: [[SEGMENTOR, path, 'out/new.pth']],
-    'model_converters/resize_kernel.py': lambda path: [
+    'model_converters/resize_weights.py': lambda path: [
         [path, 'out/new.pth', '--kernel-size', '53']
     ],
     'model_converters/van2lska.py': lambda path: [[path, 'out/new.pth']],

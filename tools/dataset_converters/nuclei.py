@@ -7,7 +7,8 @@ writes, from the image and label map in SRC (demo/nuclei),
     OUT/coco/annotations/{train,val}.json      OUT/coco/{train,val}/*.png
     OUT/ade/annotations/{training,validation}  OUT/ade/images/{training,validation}
 
-or one of the two (--formats; coco needs pycocotools).
+or what --formats asks for: coco, which needs pycocotools; ade; or bands, as ade below
+OUT/bands, with four bands to an image: itself, and blurred by 1, 2 and 4 pixels.
 Columns before VAL_COLUMN are for training, the others for validation: no
 pixel is in both. A nucleus on the border is cut, a piece in each set.
 """
@@ -25,8 +26,9 @@ import numpy as np
 from lska_mm.cli import report_errors
 from lska_mm.weights.convert import written_beside
 
-FORMATS = ['coco', 'ade']
+FORMATS = ['coco', 'ade', 'bands']
 VAL_COLUMN = 352
+BLURS = (1, 2, 4)  # pixels
 MIN_AREA = 10  # pixels; less of a nucleus on the border is no object
 ADE_SPLITS = dict(train='training', val='validation')
 # ADE20K counts classes from 1 and keeps 0 for what is not labelled.
@@ -58,7 +60,7 @@ def coco_annotations(labels: np.ndarray, image_id: int) -> list[dict]:
 
 
 def png(image: np.ndarray) -> bytes:
-    """Encode a grey image (H, W)."""
+    """Encode an image (H, W), or of four bands (H, W, 4)."""
     return cv2.imencode('.png', image)[1].tobytes()
 
 
@@ -103,10 +105,12 @@ def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
             )
             write(png(tile), out / f'coco/{split}/nuclei.png')
             write(json.dumps(data).encode(), out / f'coco/annotations/{split}.json')
-        if 'ade' in formats:
-            semantic = np.where(tile_labels > 0, ADE_NUCLEUS, ADE_BACKGROUND).astype(np.uint8)
-            write(png(tile), out / f'ade/images/{ADE_SPLITS[split]}/nuclei.png')
-            write(png(semantic), out / f'ade/annotations/{ADE_SPLITS[split]}/nuclei.png')
+        semantic = np.where(tile_labels > 0, ADE_NUCLEUS, ADE_BACKGROUND).astype(np.uint8)
+        blurred = [cv2.GaussianBlur(tile, (0, 0), sigma) for sigma in BLURS]
+        images = dict(ade=tile, bands=np.dstack([tile, *blurred]))
+        for kind in images.keys() & set(formats):
+            write(png(images[kind]), out / f'{kind}/images/{ADE_SPLITS[split]}/nuclei.png')
+            write(png(semantic), out / f'{kind}/annotations/{ADE_SPLITS[split]}/nuclei.png')
         print(f'{split}: {width} x {height} pixels, {nuclei} nuclei')
     print(f'written to {out}')
 
@@ -119,7 +123,7 @@ def main() -> None:
         'src', nargs='?', type=Path, default=embedded, help='folder with image.png and labels.png'
     )
     parser.add_argument('--out', type=Path, default=Path('data/nuclei'), help='output folder')
-    parser.add_argument('--formats', nargs='+', choices=FORMATS, default=FORMATS)
+    parser.add_argument('--formats', nargs='+', choices=FORMATS, default=FORMATS[:2])
     args = parser.parse_args()
     convert(args.src, args.out, args.formats)
 

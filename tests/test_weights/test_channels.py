@@ -1,0 +1,57 @@
+"""Weights for other numbers of image channels."""
+
+import pytest
+import torch
+from timm.models._manipulate import adapt_input_conv
+
+from conftest import ROOT, published_state, small, trained, written_file
+from lska_mm.weights.channels import resize_channels
+from lska_mm.weights.names import CheckpointError, convert_state_dict
+
+KEY = 'backbone.patch_embed1.proj.weight'
+RESIZE = 'tools/model_converters/resize_weights.py'
+
+
+@pytest.mark.parametrize('in_channels', [1, 2, 3, 4, 5, 6, 9, 13])
+def test_as_timm_does(in_channels):
+    state = published_state()
+    expected = adapt_input_conv(in_channels, state['patch_embed1.proj.weight'])
+    resized = resize_channels(state, in_channels)
+    torch.testing.assert_close(resized.pop(KEY), expected, rtol=1e-6, atol=1e-7)
+    for key, value in resized.items():
+        assert value is convert_state_dict(state)[key]
+
+
+@pytest.mark.parametrize(('found', 'in_channels'), [(3, 1), (3, 6), (3, 12), (1, 3), (1, 4)])
+def test_equal_channels_give_the_same(found, in_channels):
+    backbone, other = trained(in_channels=found).double(), small(in_channels=in_channels).eval()
+    other.double().load_state_dict(resize_channels(backbone.state_dict(), in_channels))
+    image = torch.rand(2, 1, 61, 83, dtype=torch.float64)
+    with torch.no_grad():
+        expected = backbone(image.expand(-1, found, -1, -1))
+        for out, wanted in zip(other(image.expand(-1, in_channels, -1, -1)), expected):
+            torch.testing.assert_close(out, wanted, rtol=0, atol=1e-10)
+
+
+def test_refused():
+    with pytest.raises(CheckpointError, match='for images of 4 channels; only those for 1 or 3'):
+        resize_channels(small(in_channels=4).state_dict(), 3)
+    with pytest.raises(ValueError, match='in_channels=0 is less than 1'):
+        resize_channels(small().state_dict(), 0)
+
+
+def test_tool(run, published_file, tmp_path):
+    tool, target = ('python', RESIZE, published_file), tmp_path / 'k53.pth'
+    printed = run(*tool, target, '--in-channels', 4, '--kernel-size', 53)
+    assert 'kernel size 53: images of 4 channels, the same function' in printed
+    state = torch.load(written_file(printed), weights_only=True)['state_dict']
+    assert state[KEY].shape == (32, 4, 7, 7)
+    printed = run(*tool, target, '--in-channels', 0, code=1)
+    assert printed.splitlines()[-1] == 'resize_weights.py: in_channels=0 is less than 1.'
+    assert 'give --kernel-size, --in-channels, or both' in run(*tool, target, code=2)
+
+
+def test_the_old_name_still_works(run):
+    printed = run('python', ROOT / 'tools/model_converters/resize_kernel.py', '--help')
+    assert printed.startswith('resize_kernel.py is called resize_weights.py now')
+    assert '--in-channels' in printed
