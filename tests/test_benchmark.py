@@ -34,17 +34,20 @@ def test_table_json_and_plot(benchmark, tmp_path, train):
     assert (tmp_path / 'benchmark.png').exists()
 
 
-def test_onnx_and_several_runs(benchmark, tmp_path):
-    benchmark('--kernel-sizes', 7, '--onnx', '--runs', 2)
+def test_other_engines_and_several_runs(benchmark, tmp_path):
+    benchmark('--kernel-sizes', 7, '--onnx', '--openvino', '--runs', 2)
     rows = json.loads((tmp_path / 'benchmark.json').read_text())
     models = ['plain', 'default', 'deployed', 'van', 'onnx-plain', 'onnx-deployed']
+    models += ['openvino-plain', 'openvino-deployed']
     assert [row['model'] for row in rows] == models
     assert all(row['ratios'][0] <= row['ratio'] <= row['ratios'][1] for row in rows)
     assert ' to ' in (tmp_path / 'benchmark.md').read_text()
 
 
 def test_onnx_in_training_is_refused(benchmark):
-    assert '--onnx is for inference on a CPU' in benchmark('--onnx', '--train', code=2)
+    assert '--onnx and --openvino are for inference on a CPU' in benchmark(
+        '--onnx', '--train', code=2
+    )
 
 
 def test_a_busy_machine_is_refused(benchmark, tmp_path):

@@ -1,7 +1,10 @@
 """Export to ONNX, run by ONNX Runtime; graphs of torch's compiler and exporter."""
 
 import json
+import re
+from importlib.util import find_spec
 
+import mmcv
 import numpy as np
 import onnx
 import onnxruntime
@@ -93,14 +96,12 @@ def test_adaptive_pooling_as_products_of_matrices():
 
 
 def test_what_cannot_be_exported(checkpoint, monkeypatch, tmp_path):
-    detector, classifier = checkpoint(DETECTOR), checkpoint(CLASSIFIER)
+    classifier = checkpoint(CLASSIFIER)
     path = tmp_path / 'model.onnx'
 
     def export(config, checkpoint, backbone=False):
         export_onnx.export(str(ROOT / config), str(checkpoint), path, backbone, (64, 64))
 
-    with pytest.raises(RuntimeError, match='add --backbone'):
-        export(DETECTOR, detector)
     with pytest.raises(RuntimeError, match='cannot be loaded into the RetinaNet of the config'):
         export(DETECTOR, classifier, backbone=True)
     monkeypatch.setattr(export_onnx, 'TOLERANCE', -1)
@@ -109,12 +110,52 @@ def test_what_cannot_be_exported(checkpoint, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope='module')
+def retinanet(tmp_path_factory):
+    """A RetinaNet with random weights that are sure of some boxes: config and checkpoint."""
+    cfg = Config.fromfile(ROOT / DETECTOR)
+    init_default_scope('mmdet')
+    cfg.model.backbone.init_cfg = None
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    with torch.no_grad():
+        model.bbox_head.retina_cls.weight *= 30
+        model.bbox_head.retina_cls.bias += 3.6
+    path = tmp_path_factory.mktemp('retinanet') / 'retinanet.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return DETECTOR, path
+
+
+@pytest.mark.parametrize('static', [False, True])
+def test_a_detector_goes_by_way_of_mmdeploy(retinanet, run, tmp_path, static):
+    path, image = tmp_path / 'retinanet.onnx', tmp_path / 'image.png'
+    mmcv.imwrite(mmcv.imread(str(ROOT / 'demo/nuclei/image.png'))[:160, 352:], str(image))
+    command = ('python', 'tools/deployment/export_onnx.py', *retinanet, path, '--image', image)
+    command += ('--static',) if static else ()
+    if find_spec('mmdeploy') is None:
+        *_, last = run(*command, code=1).splitlines()
+        assert last.startswith('export_onnx.py: A whole detector is exported by MMDeploy 1.3.1, ')
+        assert not path.exists()
+        return
+    printed = run(*command)
+    assert re.search(r'^5 detections of score 0.5 or more, differences up to: box [\d.e-]+, score '
+                     r'[\d.e-]+$', printed, re.MULTILINE)  # fmt: skip
+    proto = onnx.load(path)
+    assert {node.domain for node in proto.graph.node} == {''}  # standard operators
+    [images] = proto.graph.input
+    sizes = [d.dim_value for d in images.type.tensor_type.shape.dim]
+    assert sizes == ([1, 3, 800, 800] if static else [0, 3, 0, 0])
+    assert {p.key for p in proto.metadata_props} == {'mean', 'std', 'channels'}
+
+
 def test_norms_that_cannot_be_folded_are_exported_as_they_are(tmp_path, capsys):
     config = tmp_path / 'config.py'
     config.write_text(
         f"_base_ = '{ROOT / CLASSIFIER}'\n"
         "model = dict(backbone=dict(norm_cfg=dict(type='GN', num_groups=8)))\n"
     )
+    init_default_scope('mmpretrain')
     model = MODELS.build(Config.fromfile(config).model)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     path = tmp_path / 'model.onnx'

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import stat
+from importlib.util import find_spec
 from pathlib import Path
 
 import mmcv
@@ -94,6 +95,26 @@ def test_demo_inherits_the_coco_config():
     assert text.startswith(
         "_base_ = '../configs/detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'"
     )
+
+
+def test_the_demos_detector_is_exported(demo, run, tmp_path):
+    """Boxes, labels and masks as PyTorch has them, or a line that says what it takes."""
+    config, checkpoint = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py', demo[0] / 'epoch_3.pth'
+    tool = ('python', 'tools/deployment/export_onnx.py', config, checkpoint, tmp_path / 'out.onnx')
+    if find_spec('mmdeploy') is None:
+        assert 'which goes with the original stack' in run(*tool, code=1)
+        return
+    tile = mmcv.imread(str(ROOT / 'demo/nuclei/image.png'))[:160, 352:]
+    mmcv.imwrite(tile, str(tmp_path / 'tile.png'))
+    printed = run(*tool, '--image', tmp_path / 'tile.png')
+    line = r'^(\d+) detections .*: box (\S+), score (\S+), 1 - IoU of masks (\S+)$'
+    found = re.findall(line, printed, re.MULTILINE)
+    assert len(found) == 2  # images, of two sizes
+    for number, box, score, iou in found:
+        assert int(number) > 3
+        assert float(box) <= 0.5
+        assert float(score) <= 1e-3
+        assert float(iou) <= 0.01
 
 
 def test_resume_goes_on_where_it_stopped(demo, run, nuclei, tmp_path):

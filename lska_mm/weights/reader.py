@@ -28,7 +28,7 @@ _METHODS = ('min', 'max', 'mean', 'current', '_annealing_cos', '_annealing_linea
 def _tensor(storage, offset, size, stride, grad=False, hooks=None, metadata=None):
     """Rebuild a tensor; torch itself would enlarge the storage to any ``size``."""
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    bound = 0 not in size and storage.device.type != 'meta'
+    bound = 0 not in size and storage._untyped_storage.device.type != 'meta'
     if bound and not 0 <= offset <= last < storage._size():
         raise ValueError(f'a tensor of {size} on a storage of {storage._size()}')
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, grad, {}, metadata)

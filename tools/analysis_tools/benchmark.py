@@ -13,7 +13,8 @@ is an error: nothing is reported.
 Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
 `LSKAVAN` as built; `deployed`, after `switch_to_deploy()`, or in training
 `with_cp`; `van`, mmpretrain's VAN of the same size, which has one kernel (21).
-With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime.
+With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime, with
+--openvino `openvino-plain` and `openvino-deployed`.
 
 With --device cuda a GPU is measured, by a plan of its own (benchmarking/gpu.py), in
 five minutes.
@@ -84,20 +85,39 @@ def make_step(model: nn.Module, image: torch.Tensor, train: bool, amp: bool) -> 
     return step
 
 
+def to_onnx(model: nn.Module, image: torch.Tensor) -> io.BytesIO:
+    """The graph of a model."""
+    from torch.onnx.utils import export
+
+    file = io.BytesIO()
+    export(model, (image,), file, opset_version=17, input_names=['images'])
+    return io.BytesIO(file.getvalue())
+
+
 def make_onnx_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
     """An inference in ONNX Runtime, by as many threads as PyTorch has."""
     import onnxruntime
-    from torch.onnx.utils import export
 
-    file, options = io.BytesIO(), onnxruntime.SessionOptions()
-    export(model, (image,), file, opset_version=17, input_names=['images'])
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry('session.force_spinning_stop', '1')  # leave the next its CPU
     session = onnxruntime.InferenceSession(
-        file.getvalue(), options, providers=['CPUExecutionProvider']
+        to_onnx(model, image).getvalue(), options, providers=['CPUExecutionProvider']
     )
     inputs = dict(images=image.numpy())
     return lambda: session.run(None, inputs)
+
+
+def make_openvino_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
+    """An inference in OpenVINO, by as many threads as PyTorch has, in float32."""
+    import openvino
+
+    how = dict(INFERENCE_NUM_THREADS=torch.get_num_threads(), INFERENCE_PRECISION_HINT='f32')
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(to_onnx(model, image)), 'CPU', how)
+    request = compiled.create_infer_request()
+    inputs = [image.numpy()]
+    return lambda: request.infer(inputs)
 
 
 def time_once(step: Callable[[], None]) -> float:
@@ -214,9 +234,10 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     for name, model in models.items():
         model.train(args.train)
         steps[name] = make_step(model, image, args.train, args.amp)
-    if args.onnx:
-        for name in ('plain', 'deployed'):
-            steps[f'onnx-{name}'] = make_onnx_step(models[name], image)
+    engines = dict(onnx=make_onnx_step, openvino=make_openvino_step)
+    for engine, name in itertools.product(engines, ('plain', 'deployed')):
+        if getattr(args, engine):
+            steps[f'{engine}-{name}'] = engines[engine](models[name], image)
     rate = matmul_rate()
     times, faults = time_all(steps, args.seconds)
     passes = 3 if args.train else 1  # a backward pass costs two forward ones
@@ -225,7 +246,7 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
         median, spread = median_and_spread(
             f'{name}, {arch} k={kernel_size}', values, args.max_spread
         )
-        work = passes * multiply_adds(models[name.removeprefix('onnx-')], image) / 1e6
+        work = passes * multiply_adds(models[name.rpartition('-')[2]], image) / 1e6
         rows.append(
             dict(
                 arch=arch, kernel_size=kernel_size, batch=batch, height=size[0], width=size[1],
@@ -248,6 +269,7 @@ def main() -> None:
                         metavar='HEIGHTxWIDTH')  # fmt: skip
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument('--onnx', action='store_true', help='ONNX Runtime too; on a CPU')
+    parser.add_argument('--openvino', action='store_true', help='OpenVINO too; likewise')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--seconds', type=float, help='for each combination, by default 10; on a '
@@ -257,8 +279,8 @@ def main() -> None:
     parser.add_argument('--fresh-heap', action='store_true', help='see faults, above')
     parser.add_argument('--out', type=Path, required=True, help='folder for table and plot')
     args = parser.parse_args()
-    if args.onnx and (args.train or args.device != 'cpu'):
-        parser.error('--onnx is for inference on a CPU')
+    if (args.onnx or args.openvino) and (args.train or args.device != 'cpu'):
+        parser.error('--onnx and --openvino are for inference on a CPU')
     if args.device == 'cuda':
         if not torch.cuda.is_available():
             parser.error('--device cuda needs a GPU, torch sees none')

@@ -1,13 +1,17 @@
-"""Export a trained LSKA-VAN to ONNX, and compare it with PyTorch in ONNX Runtime.
+"""Export a trained LSKA-VAN to ONNX, and compare it with PyTorch in the engines installed.
 
-    python tools/deployment/export_onnx.py CONFIG CHECKPOINT SAVE_PATH [--backbone]
+    python tools/deployment/export_onnx.py CONFIG CHECKPOINT SAVE_PATH.onnx [--backbone]
 
-The graph takes `images` (B, 3, H, W) of any B, H and W, normalised as the
+The graph takes `images` (B, 3, H, W) of any B, H and W, normalized as the
 file's metadata say, and gives
 
     logits              (B, classes) of a classifier,
     logits              (B, classes, H, W) of a segmentor,
     stage1, stage2, ... with --backbone, of any model: the backbone's maps.
+
+Detectors go by way of MMDeploy, on the original stack: the graph takes `input`, of
+any size or with --static of one, and gives `dets`, `labels` and, where the model has
+them, `masks`; its detections in --image are compared.
 
 BatchNorms and layer scales are folded (`switch_to_deploy`). The file is
 written only if its outputs equal PyTorch's, at another size than the traced
@@ -15,15 +19,19 @@ one too.
 """
 
 import argparse
+import itertools
 import json
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+import mmcv
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
@@ -100,18 +108,41 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-def metadata(cfg: Any, model: nn.Module) -> dict[str, str]:
-    """What a user needs to prepare images, each as JSON."""
-    norm = cfg.model.get('data_preprocessor') or {}
+def add_metadata(path: Path, cfg: Config) -> None:
+    """Add what a user needs to prepare images to a file, each as JSON."""
+    norm = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     rgb = norm.get('bgr_to_rgb') or norm.get('to_rgb')
     known = dict(mean=norm.get('mean'), std=norm.get('std'), channels='RGB' if rgb else 'BGR')
-    return {key: json.dumps(value) for key, value in known.items() if value is not None}
+    proto = onnx.load(path)
+    onnx.helper.set_model_props(
+        proto, {key: json.dumps(value) for key, value in known.items() if value is not None}
+    )
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
 
 
-def compare(path: Path, graph: Graph, images: Tensor) -> float:
-    """Largest difference of ONNX Runtime's outputs from PyTorch's, relative to the largest."""
+def run_onnxruntime(path: Path, images: np.ndarray) -> list[np.ndarray]:
+    """Outputs of a file in ONNX Runtime."""
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    found = session.run(None, {'images': images.numpy()})
+    return session.run(None, {'images': images})
+
+
+def run_openvino(path: Path, images: np.ndarray) -> list[np.ndarray]:
+    """Outputs of a file in OpenVINO, with all digits of float32."""
+    import openvino
+
+    model = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    return list(model([images]).values())
+
+
+ENGINES = {'ONNX Runtime': run_onnxruntime}
+if find_spec('openvino'):
+    ENGINES['OpenVINO'] = run_openvino
+
+
+def compare(engine: str, path: Path, graph: Graph, images: Tensor) -> float:
+    """Largest difference of an engine's outputs from PyTorch's, relative to the largest."""
+    found = ENGINES[engine](path, images.numpy())
     with torch.no_grad():
         expected = [out.numpy() for out in graph(images)]
     return max(
@@ -129,11 +160,6 @@ def export(
         RuntimeError: If the model has no graph in ONNX, or gives other outputs there.
     """
     cfg, model = load_model(config, checkpoint)
-    if toolbox(cfg) == 'mmdet' and not backbone:
-        raise RuntimeError(
-            'Only the backbone of a detector can be exported: add --backbone. '
-            'For whole detectors there is MMDeploy.'
-        )
     if not hasattr(model, 'backbone'):
         raise RuntimeError(f'{type(model).__name__} has no backbone; nothing was exported.')
     try:
@@ -155,18 +181,39 @@ def export(
             graph, (images,), str(part), opset_version=OPSET, input_names=['images'],
             output_names=graph.output_names, dynamic_axes=axes,
         )  # fmt: skip
-        proto = onnx.load(part)
-        onnx.helper.set_model_props(proto, metadata(cfg, model))
-        onnx.checker.check_model(proto)
-        onnx.save(proto, part)
-        for inputs in (images, others):
-            difference = compare(part, graph, inputs)
-            print(f'{tuple(inputs.shape)}: largest difference {difference:.1e}')
+        add_metadata(part, cfg)
+        for engine, inputs in itertools.product(ENGINES, (images, others)):
+            difference = compare(engine, part, graph, inputs)
+            print(f'{tuple(inputs.shape)}: largest difference {difference:.1e} in {engine}')
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f'ONNX Runtime gives other outputs than PyTorch for images of '
+                    f'{engine} gives other outputs than PyTorch for images of '
                     f'{tuple(inputs.shape)}: they differ by {difference:.1e}. Nothing was written.'
                 )
+
+
+def export_detector(
+    config: str, checkpoint: str, save_path: Path, image: str | None, static: bool,
+    image_size: tuple[int, int],
+) -> None:  # fmt: skip
+    """Write the file of a whole detector, after comparing its detections.
+
+    Raises:
+        CheckpointError: If the checkpoint is not of the config's model.
+        RuntimeError: See `detectors.export_detector`.
+    """
+    import detectors
+
+    if image is None:
+        pixels = np.random.default_rng(0).integers(0, 256, (*image_size, 3), dtype=np.uint8)
+    else:
+        pixels = mmcv.imread(image)
+    cfg, _ = load_model(config, checkpoint)  # refuses what MMDeploy would only warn of
+    with written_beside(save_path) as part, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'model.onnx')
+        print(detectors.export_detector(config, checkpoint, path, pixels, static))
+        add_metadata(path, cfg)
+        part.write_bytes(path.read_bytes())
 
 
 @report_errors(CheckpointError, OSError, RuntimeError)
@@ -178,8 +225,15 @@ def main() -> None:
     parser.add_argument('--backbone', action='store_true', help='only the backbone')
     parser.add_argument('--size', type=size, default=(224, 224), metavar='HEIGHTxWIDTH',
                         help='of the traced image; the graph takes others too')  # fmt: skip
+    parser.add_argument('--image', help='of a detector: an image to trace, and to compare with')
+    parser.add_argument('--static', action='store_true', help='of a detector: for one size alone')
     args = parser.parse_args()
-    export(args.config, args.checkpoint, args.save_path, args.backbone, args.size)
+    if toolbox(Config.fromfile(args.config)) == 'mmdet' and not args.backbone:
+        export_detector(
+            args.config, args.checkpoint, args.save_path, args.image, args.static, args.size
+        )
+    else:
+        export(args.config, args.checkpoint, args.save_path, args.backbone, args.size)
     print(f'written to {args.save_path}')
 
 
