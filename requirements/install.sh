@@ -63,9 +63,10 @@ MMCV_WITH_OPS=1 pip install --verbose --no-build-isolation \
     stop "mmcv did not install; the reason is at the end of $log"
 
 pip install --quiet --requirement "$pins" --requirement "$here/tests.txt"
-if [ "$stack" = openmmlab ]; then
-    pip install --quiet --no-deps --requirement "$here/mmdeploy.txt"
-fi
+case $stack in
+    onedl) pip install --quiet --no-deps --no-build-isolation --requirement "$here/mmrotate.txt" ;;
+    openmmlab) pip install --quiet --no-deps --requirement "$here/mmdeploy.txt" ;;
+esac
 pip install --quiet --no-build-isolation --no-deps --editable "$here/.."
 
 "$venv/bin/python" -c 'import cv2' ||

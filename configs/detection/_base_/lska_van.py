@@ -1,7 +1,7 @@
 # What every detector here has in common, and the backbone for its leaf to take:
 #     model = dict(backbone=_base_.lska_van_tiny)
 custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
-custom_hooks = [dict(type='NumClassCheckHook')]
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
 
 lska_van_tiny = dict(
     _delete_=True,
