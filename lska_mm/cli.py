@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
@@ -48,11 +50,48 @@ def report_errors(*errors: type[Exception]) -> Callable[[Callable[[], None]], Ca
 # --- Arguments ------------------------------------------------------------------
 
 
-def png(path: str) -> Path:
-    """Convert an argument that names a picture to write."""
-    if Path(path).suffix != '.png':
-        raise argparse.ArgumentTypeError(f'{path} does not end in .png')
-    return Path(path)
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, {}):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser whose help shows defaults."""
+    return argparse.ArgumentParser(description=description, formatter_class=_Defaults)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that overrides settings of a config."""
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
+                        help='override settings: key=value, key="[a,b]"')  # fmt: skip
+
+
+def config_file(path: str) -> str:
+    """Convert an argument that names a config."""
+    if Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f'{path} is a folder, not a config file')
+    if not Path(path).is_file():
+        hint = f'; there is {path}.py' if Path(f'{path}.py').is_file() else ''
+        raise argparse.ArgumentTypeError(f'no config at {path}{hint}')
+    return path
+
+
+def ending(suffix: str) -> Callable[[str], Path]:
+    """Make a converter of an argument that names a file to write."""
+
+    def convert(path: str) -> Path:
+        if Path(path).suffix != suffix:
+            raise argparse.ArgumentTypeError(f'{path} does not end in {suffix}')
+        return Path(path)
+
+    return convert
+
+
+png = ending('.png')
 
 
 def size(text: str) -> tuple[int, int]:
@@ -65,12 +104,11 @@ def size(text: str) -> tuple[int, int]:
 
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Make a parser with the arguments that training and testing have in common."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+    parser = make_parser(description)
+    parser.add_argument('config', type=config_file, help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints; by default the '
                         "config's, or work_dirs/CONFIG_NAME")  # fmt: skip
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
-                        help='override settings: key=value, key="[a,b]"')  # fmt: skip
+    add_cfg_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help='set by launchers')  # fmt: skip
@@ -126,13 +164,16 @@ def build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
-def load_model(config: str, checkpoint: str) -> tuple[Config, nn.Module]:
-    """Return the config and the trained model of any toolbox, in evaluation mode.
+def load_model(
+    config: str, checkpoint: str, options: dict | None = None
+) -> tuple[Config, nn.Module]:
+    """Return the config, ``options`` changed, and the trained model, in evaluation mode.
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
     """
     cfg = Config.fromfile(config)
+    cfg.merge_from_dict(options or {})
     init_default_scope(toolbox(cfg))
     if 'backbone' in cfg.model:
         cfg.model.backbone.init_cfg = None
@@ -176,6 +217,23 @@ def init_quietly(module: Any) -> None:
     logger.setLevel('WARNING')
     module.init_weights()
     logger.setLevel(level)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image (H, W, 3), BGR.
+
+    Raises:
+        OSError: If there is none: no file, a folder, or something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'No image at {path}.')
+    try:
+        image = mmcv.imread(str(path))
+    except cv2.error:  # of an empty file
+        image = None
+    if image is None:
+        raise OSError(f'{path} is not an image.')
+    return image
 
 
 def normalize(images: np.ndarray | Tensor, cfg: Config) -> Tensor:

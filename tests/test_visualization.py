@@ -261,7 +261,7 @@ def test_what_is_no_image_is_named(main, published_file, tmp_path):
     out = tmp_path / 'out.png'
     code, printed = main(attention, config, published_file, config, '--out', out)
     assert code == 1
-    assert f'attention.py: {config} is no image.' in printed
+    assert f'attention.py: {config} is not an image.' in printed
 
 
 def test_only_lska_van_has_gates(main, files):

@@ -7,18 +7,21 @@ Does what the own tool of the config's toolbox does, but refuses a checkpoint th
 leaves a part of the model random.
 """
 
+import sys
+from collections import Counter
+from pathlib import Path
+
+import mmcv
 from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 
-from lska_mm.cli import base_parser, build_runner, load_config, toolbox
+from lska_mm.cli import base_parser, build_runner, load_config, report_errors, toolbox
 from lska_mm.engine.hooks import CheckWeightsHook
+from lska_mm.weights.names import CheckpointError
 
-# Each toolbox has its own way to draw predictions, to dump them, and to flip images.
-DRAW = dict(
-    mmdet=lambda folder: dict(draw=True, test_out_dir=folder),
-    mmseg=lambda folder: dict(draw=True),
-    mmpretrain=lambda folder: dict(enable=True, out_dir=folder),
-)
+# Each toolbox has its own way to show predictions, to dump them, and to flip images.
+SHOW = dict(mmdet=dict(draw=True), mmseg=dict(draw=True), mmpretrain=dict(enable=True))
 DUMP = dict(mmdet='mmdet.DumpDetResults', mmpretrain='DumpResults')
 BOXES = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
 TTA_MODEL = dict(
@@ -26,8 +29,35 @@ TTA_MODEL = dict(
     mmseg=dict(type='SegTTAModel'),
     mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'),
 )
+READABLE = 224  # pixels of the shorter side, to which small images are enlarged
 META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
              'flip_direction')  # fmt: skip
+
+
+class PaintHook(Hook):
+    """Paint the predictions for every image, by the visualizer of the toolbox, into a folder.
+
+    Files are named after the image and the folder it lies in; small images of a classifier
+    are enlarged.
+    """
+
+    def __init__(self, folder: str):
+        self.folder, self.names = Path(folder), Counter()
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Paint a batch."""
+        for sample in outputs:
+            path = Path(sample.img_path)
+            name = f'{path.parent.name}_{path.stem}'
+            self.names[name] += 1
+            number = f'_{self.names[name]}' if self.names[name] > 1 else ''
+            out = str(self.folder / f'{name}{number}.png')
+            image = mmcv.imread(sample.img_path, channel_order='rgb')
+            if hasattr(runner.visualizer, 'visualize_cls'):
+                factor = max(1, READABLE // min(image.shape[:2]))
+                runner.visualizer.visualize_cls(image, sample, rescale_factor=factor, out_file=out)
+            else:
+                runner.visualizer.add_datasample(name, image, sample, out_file=out)
 
 
 def parse_args():
@@ -36,7 +66,7 @@ def parse_args():
     parser.add_argument(
         '--out', help='dump the predictions: into this file, .pkl; of a segmentor, this folder'
     )
-    parser.add_argument('--show-dir', help='folder for the painted images')
+    parser.add_argument('--show-dir', help='folder to paint every image into')
     parser.add_argument('--show', action='store_true', help='show the painted images')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each')
     parser.add_argument(
@@ -61,7 +91,8 @@ def enable_tta(cfg):
     cfg.test_dataloader.dataset.pipeline = cfg.get('tta_pipeline', flipped)
 
 
-def main():
+@report_errors(CheckpointError, OSError)
+def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     scope = toolbox(cfg)
@@ -71,17 +102,20 @@ def main():
         enable_tta(cfg)
     if args.out and scope == 'mmseg':
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
-    if args.show or args.show_dir:
-        drawing = dict(**DRAW[scope](args.show_dir), show=args.show, wait_time=args.wait_time)
-        cfg.default_hooks.visualization.update(drawing)
-        cfg.visualizer.save_dir = args.show_dir
+    if args.show:
+        showing = dict(**SHOW[scope], show=True, wait_time=args.wait_time)
+        cfg.default_hooks.visualization.update(showing)
     runner = build_runner(cfg)
+    if args.show_dir:
+        runner.register_hook(PaintHook(args.show_dir))
     runner.register_hook(CheckWeightsHook())
     if args.out and scope in DUMP:
         dump = METRICS.build(dict(type=DUMP[scope], out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)
     runner.test()
+    if args.show_dir:
+        print(f'painted images are in {args.show_dir}')
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

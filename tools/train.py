@@ -6,7 +6,10 @@
 Does what the own tool of the config's toolbox does.
 """
 
-from lska_mm.cli import base_parser, build_runner, load_config, toolbox
+import sys
+
+from lska_mm.cli import base_parser, build_runner, load_config, report_errors, toolbox
+from lska_mm.weights.names import CheckpointError
 
 
 def parse_args():
@@ -28,7 +31,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+@report_errors(CheckpointError, OSError)
+def main() -> None:
     args = parse_args()
     cfg = load_config(args, persistent_workers=True)
     if args.no_validate:
@@ -51,4 +55,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

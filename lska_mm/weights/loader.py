@@ -38,15 +38,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         CheckpointError: If the file is damaged, or names functions that could
             run code; setting ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` trusts it.
     """
-    path = os.path.expanduser(filename)
-    if os.path.isdir(path):
-        raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f'No checkpoint at {path}. Put the weights there, or name others: in a config '
-            'model.backbone.init_cfg.checkpoint (None starts from random weights) or load_from. '
-            'Our configs look in the folder of LSKA_PRETRAINED, or "pretrained".'
-        )
+    path = find_checkpoint(filename)
     trusted, distrusted = (
         os.environ.get(name, '').lower() in ('1', 'y', 'yes', 'true') for name in (TRUST, DISTRUST)
     )
@@ -74,6 +66,24 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         wrapped = state_dict is not checkpoint
         checkpoint = {**checkpoint, 'state_dict': converted} if wrapped else converted
     return checkpoint
+
+
+def find_checkpoint(filename: str) -> str:
+    """Return the path of a file.
+
+    Raises:
+        OSError: If there is none; says where weights are looked for.
+    """
+    path = os.path.expanduser(filename)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f'No checkpoint at {path}. Put the weights there, or name others: in a config '
+            'model.backbone.init_cfg.checkpoint (None starts from random weights) or load_from. '
+            'Our configs look in the folder of LSKA_PRETRAINED, or "pretrained".'
+        )
+    return path
 
 
 def load_from_http(

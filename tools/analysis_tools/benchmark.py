@@ -46,7 +46,7 @@ from benchmarking.counting import multiply_adds
 from benchmarking.plain_lska_van import plain_lska_van
 from benchmarking.report import ARCHS, HEADER, format_row, merge, write_report
 from lska_mm import LSKAVAN
-from lska_mm.cli import report_errors, size
+from lska_mm.cli import make_parser, report_errors, size
 
 ROUNDS = 4  # steps of a model at least, however long they take
 TRIES = 5  # measurements of a combination until its times vary less
@@ -261,7 +261,7 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
 
 @report_errors(BusyError, WideSpreadError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Time LSKA-VAN against its peers')
+    parser = make_parser('Time LSKA-VAN against its peers')
     parser.add_argument('--archs', nargs='+', default=['tiny'], choices=ARCHS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 23, 53])
     parser.add_argument('--batches', nargs='+', type=int, default=[1])

@@ -44,9 +44,9 @@ from benchmark import (
 )
 from benchmarking.counting import Classifier, count_costs, saved_bytes
 from lska_mm import LSKAVAN
-from lska_mm.cli import init_quietly, markdown, report_errors, size
+from lska_mm.cli import init_quietly, make_parser, markdown, report_errors, size
 from lska_mm.models.archs import ARCHS
-from lska_mm.models.lska import ATTENTIONS
+from lska_mm.models.lska import ATTENTIONS, split_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'visualization'))
 from erf import contribution_squares, effective_receptive_field
@@ -164,7 +164,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 
 @report_errors(BusyError, OSError, ValueError, WideSpreadError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Compare gates and kernel sizes')
+    parser = make_parser('Compare gates and kernel sizes')
     parser.add_argument('--arch', default='tiny', choices=list(ARCHS))
     parser.add_argument('--attentions', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 11, 23, 35, 53, 65])
@@ -174,6 +174,8 @@ def main() -> None:
     add_limits(parser)
     parser.add_argument('--out', type=Path, required=True, help='folder for tables and plot')
     args = parser.parse_args()
+    for k in args.kernel_sizes:  # an invalid one is named before minutes of work
+        split_kernel(k)
     try:
         if not args.no_time:
             check_idle(args.max_busy)

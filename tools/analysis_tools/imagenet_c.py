@@ -24,6 +24,7 @@ from mmengine.runner import TestLoop
 from lska_mm.cli import base_parser, build_runner, load_config, markdown, report_errors
 from lska_mm.engine.hooks import CheckWeightsHook
 from lska_mm.weights.convert import written_beside
+from lska_mm.weights.loader import find_checkpoint
 from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
@@ -79,7 +80,7 @@ def load_results(path: Path, checkpoint: str) -> dict:
     Raises:
         ValueError: If the file holds results of another checkpoint.
     """
-    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    digest = hashlib.sha256(Path(find_checkpoint(checkpoint)).read_bytes()).hexdigest()
     if not path.exists():
         return dict(checkpoint=digest, top1={})
     results = json.loads(path.read_text())

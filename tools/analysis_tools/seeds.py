@@ -7,13 +7,12 @@ metric and each validation, mean and standard deviation over the seeds, as
 Markdown. A folder trained twice counts with its last log.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
-from lska_mm.cli import markdown, report_errors
+from lska_mm.cli import make_parser, markdown, report_errors
 
 Scores = dict[int, float]  # step of the validation: value of the metric
 
@@ -54,12 +53,15 @@ def make_table(settings: dict[str, list[Scores]], metric: str) -> str:
 
 @report_errors(OSError, ValueError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Compare settings over seeds')
+    parser = make_parser('Compare settings over seeds')
     parser.add_argument('settings', type=Path, nargs='+', help='folders of work dirs, one a seed')
     parser.add_argument(
         '--metrics', nargs='+', default=['coco/segm_mAP'], help='keys of the validation log'
     )
     args = parser.parse_args()
+    for folder in args.settings:
+        if not any(folder.iterdir()):
+            raise FileNotFoundError(f'No work dirs in {folder}; expected one for each seed.')
     for metric in args.metrics:
         settings = {
             folder.name: [load_scores(run, metric) for run in sorted(folder.iterdir())]

@@ -12,7 +12,6 @@ mmpretrain's own shape_bias.py draws a similar picture; it needs pandas 1 and a
 network, neither of which the pinned stacks have.
 """
 
-import argparse
 import csv
 import re
 import sys
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from lska_mm.cli import markdown, png, report_errors
+from lska_mm.cli import make_parser, markdown, png, report_errors
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -121,7 +120,7 @@ def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:
 
 @report_errors(OSError, ValueError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Shape bias of classifiers')
+    parser = make_parser('Shape bias of classifiers')
     parser.add_argument('csv', type=Path, nargs='+', help='files of ShapeBiasMetric')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     args = parser.parse_args()

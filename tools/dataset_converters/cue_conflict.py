@@ -14,7 +14,6 @@ another class. Classes have the names, and in the lists the labels, of ten of th
 ImageNet that ShapeBiasMetric knows: what it counts are decisions between their names.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import mmcv
 import numpy as np
 
 from digits import read_digits
-from lska_mm.cli import report_errors
+from lska_mm.cli import make_parser, report_errors
 
 # By digit: a name that ShapeBiasMetric prints, and an ImageNet label that it counts as that.
 # It divides by the number of such labels, which are at most four here: birds have 49.
@@ -73,7 +72,7 @@ def convert(out: Path) -> None:
 
 @report_errors(OSError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Draw digits whose shape and texture differ')
+    parser = make_parser('Draw digits whose shape and texture differ')
     parser.add_argument(
         '--out', type=Path, default=Path('data/cue-conflict-digits'), help='output folder'
     )

@@ -8,7 +8,6 @@ recognition of handwritten digits" set (Alpaydin and Kaynak, UCI, 1998), which
 scikit-learn ships.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import mmcv
 import numpy as np
 from sklearn.datasets import load_digits
 
-from lska_mm.cli import report_errors
+from lska_mm.cli import make_parser, report_errors
 
 
 class Digit(NamedTuple):
@@ -55,7 +54,7 @@ def convert(out: Path) -> None:
 
 @report_errors(OSError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert scikit-learn's digits")
+    parser = make_parser("Convert scikit-learn's digits")
     parser.add_argument('--out', type=Path, default=Path('data/digits'), help='output folder')
     args = parser.parse_args()
     convert(args.out)

@@ -18,7 +18,7 @@ import numpy as np
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
-from lska_mm.cli import report_errors
+from lska_mm.cli import make_parser, read_image, report_errors
 
 SEVERITIES = range(1, 6)
 MIN_SIZE = 32  # of imagecorruptions
@@ -59,11 +59,9 @@ def read_square(path: Path, size: int) -> np.ndarray:
     """The centre of an image whose short side becomes ``size``: (size, size, 3), RGB.
 
     Raises:
-        ValueError: If it is no image.
+        OSError: If it is not an image.
     """
-    image = mmcv.imread(str(path), channel_order='rgb')
-    if image is None:
-        raise ValueError(f'{path} is not an image.')
+    image = read_image(path)[..., ::-1]
     height, width = image.shape[:2]
     scale = size / min(height, width)
     shape = (max(size, round(width * scale)), max(size, round(height * scale)))
@@ -94,7 +92,7 @@ def convert(args: argparse.Namespace) -> None:
 
 @report_errors(OSError, ValueError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Corrupt images as ImageNet-C does')
+    parser = make_parser('Corrupt images as ImageNet-C does')
     parser.add_argument('source', type=Path, help='folder of classes')
     parser.add_argument('--out', type=Path, required=True, help='output folder')
     parser.add_argument(

@@ -13,7 +13,6 @@ Columns before VAL_COLUMN are for training, the others for validation: no
 pixel is in both. A nucleus on the border is cut, a piece in each set.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import cv2
 import mmcv
 import numpy as np
 
-from lska_mm.cli import report_errors
+from lska_mm.cli import make_parser, report_errors
 from lska_mm.weights.convert import written_beside
 
 FORMATS = ['coco', 'ade', 'bands']
@@ -117,7 +116,7 @@ def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
 
 @report_errors(OSError, ValueError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Convert the embedded nuclei image')
+    parser = make_parser('Convert the embedded nuclei image')
     embedded = Path(__file__).parents[2] / 'demo/nuclei'
     parser.add_argument(
         'src', nargs='?', type=Path, default=embedded, help='folder with image.png and labels.png'

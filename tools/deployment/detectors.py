@@ -13,12 +13,12 @@ SURE = 0.5  # score from which on detections are compared
 
 
 def export_detector(
-    config: str, checkpoint: str, path: Path, image: np.ndarray, static: bool
+    model_cfg: Config, checkpoint: str, path: Path, image: np.ndarray, static: bool
 ) -> str:
     """Write a detector as one ONNX file of standard operators, and compare its detections.
 
     Args:
-        config: Of the detector.
+        model_cfg: Of the detector.
         checkpoint: Its weights.
         path: File to write.
         image: To trace and to compare with, (H, W, 3), BGR.
@@ -39,8 +39,6 @@ def export_detector(
     from mmdeploy.apis import torch2onnx
     from mmdeploy.apis.utils import build_task_processor
 
-    model_cfg = Config.fromfile(config)
-    model_cfg.model.backbone.init_cfg = None
     kind = 'instance-seg' if _has_masks(model_cfg.model) else 'detection'
     deploy_cfg = Config.fromfile(
         FOLDER / f'{kind}_onnxruntime_{"static" if static else "dynamic"}.py'

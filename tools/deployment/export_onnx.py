@@ -18,7 +18,6 @@ written only if its outputs equal PyTorch's, at another size than the traced
 one too.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -26,7 +25,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import mmcv
 import numpy as np
 import onnx
 import onnxruntime
@@ -36,7 +34,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
 
-from lska_mm.cli import load_model, report_errors, size, toolbox
+from lska_mm.cli import (
+    add_cfg_options,
+    config_file,
+    ending,
+    load_model,
+    make_parser,
+    read_image,
+    report_errors,
+    size,
+    toolbox,
+)
 from lska_mm.weights.convert import written_beside
 from lska_mm.weights.names import CheckpointError
 
@@ -151,15 +159,16 @@ def compare(engine: str, path: Path, graph: Graph, images: Tensor) -> float:
 
 
 def export(
-    config: str, checkpoint: str, save_path: Path, backbone: bool, image_size: tuple[int, int]
-) -> None:
+    config: str, checkpoint: str, save_path: Path, backbone: bool, image_size: tuple[int, int],
+    options: dict | None = None,
+) -> None:  # fmt: skip
     """Write the file, after comparing its outputs.
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
         RuntimeError: If the model has no graph in ONNX, or gives other outputs there.
     """
-    cfg, model = load_model(config, checkpoint)
+    cfg, model = load_model(config, checkpoint, options)
     if not hasattr(model, 'backbone'):
         raise RuntimeError(f'{type(model).__name__} has no backbone; nothing was exported.')
     try:
@@ -194,7 +203,7 @@ def export(
 
 def export_detector(
     config: str, checkpoint: str, save_path: Path, image: str | None, static: bool,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int], options: dict,
 ) -> None:  # fmt: skip
     """Write the file of a whole detector, after comparing its detections.
 
@@ -207,33 +216,42 @@ def export_detector(
     if image is None:
         pixels = np.random.default_rng(0).integers(0, 256, (*image_size, 3), dtype=np.uint8)
     else:
-        pixels = mmcv.imread(image)
-    cfg, _ = load_model(config, checkpoint)  # refuses what MMDeploy would only warn of
+        pixels = read_image(image)
+    cfg, _ = load_model(config, checkpoint, options)  # refuses what MMDeploy would only warn of
     with written_beside(save_path) as part, tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'model.onnx')
-        print(detectors.export_detector(config, checkpoint, path, pixels, static))
+        print(detectors.export_detector(cfg, checkpoint, path, pixels, static))
         add_metadata(path, cfg)
         part.write_bytes(path.read_bytes())
 
 
 @report_errors(CheckpointError, OSError, RuntimeError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Export a model to ONNX')
-    parser.add_argument('config', help='config of the model')
+    parser = make_parser('Export a model to ONNX')
+    parser.add_argument('config', type=config_file, help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
-    parser.add_argument('save_path', type=Path, help='file to write, .onnx')
+    parser.add_argument('save_path', type=ending('.onnx'), help='file to write, .onnx')
     parser.add_argument('--backbone', action='store_true', help='only the backbone')
     parser.add_argument('--size', type=size, default=(224, 224), metavar='HEIGHTxWIDTH',
                         help='of the traced image; the graph takes others too')  # fmt: skip
     parser.add_argument('--image', help='of a detector: an image to trace, and to compare with')
     parser.add_argument('--static', action='store_true', help='of a detector: for one size alone')
+    add_cfg_options(parser)
     args = parser.parse_args()
     if toolbox(Config.fromfile(args.config)) == 'mmdet' and not args.backbone:
         export_detector(
-            args.config, args.checkpoint, args.save_path, args.image, args.static, args.size
-        )
+            args.config, args.checkpoint, args.save_path, args.image, args.static, args.size,
+            args.cfg_options,
+        )  # fmt: skip
     else:
-        export(args.config, args.checkpoint, args.save_path, args.backbone, args.size)
+        export(
+            args.config,
+            args.checkpoint,
+            args.save_path,
+            args.backbone,
+            args.size,
+            args.cfg_options,
+        )
     print(f'written to {args.save_path}')
 
 

@@ -6,23 +6,22 @@ DST gets a hash in its name. It is for inference, gives the same outputs but for
 rounding, and loads with the same config and model.backbone.deploy=True.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from lska_mm.cli import load_model, report_errors
+from lska_mm.cli import add_cfg_options, config_file, load_model, make_parser, report_errors
 from lska_mm.weights.convert import pth, save_with_hash
 from lska_mm.weights.names import CheckpointError
 
 
-def reparameterize(config: str, checkpoint: str, dst: Path) -> Path:
+def reparameterize(config: str, checkpoint: str, dst: Path, options: dict) -> Path:
     """Deploy the backbone of any of the toolboxes' models; return the file written.
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
         TypeError: If there is no LSKAVAN, or it has other norms than BatchNorm.
     """
-    _, model = load_model(config, checkpoint)
+    _, model = load_model(config, checkpoint, options)
     backbone = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'switch_to_deploy'):
         raise TypeError(
@@ -35,12 +34,13 @@ def reparameterize(config: str, checkpoint: str, dst: Path) -> Path:
 
 @report_errors(CheckpointError, OSError, TypeError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Make a checkpoint for inference')
-    parser.add_argument('config', help='config of the model')
+    parser = make_parser('Make a checkpoint for inference')
+    parser.add_argument('config', type=config_file, help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
+    add_cfg_options(parser)
     args = parser.parse_args()
-    written = reparameterize(args.config, args.checkpoint, args.dst)
+    written = reparameterize(args.config, args.checkpoint, args.dst, args.cfg_options)
     print(f'it loads with model.backbone.deploy=True\nwritten to {written}')
 
 

@@ -19,17 +19,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lska_mm import LSKA, LSKAVAN
-from lska_mm.cli import load_backbone, markdown, normalize, png, report_errors
+from lska_mm.cli import (
+    add_cfg_options,
+    config_file,
+    load_backbone,
+    make_parser,
+    markdown,
+    normalize,
+    png,
+    read_image,
+    report_errors,
+)
 from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
@@ -80,17 +89,14 @@ def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap
     return maps
 
 
-def read_image(cfg: Config, path: Path) -> Tensor:
+def preprocess(cfg: Config, path: Path) -> Tensor:
     """An image after the config's test pipeline: (3, H, W) in BGR, 0 to 255.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the file is no image, or the config has no pipeline for tests.
+        OSError: If there is none, or the file is not one.
+        ValueError: If the config has no pipeline for tests.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f'No image at {path}.')
-    if mmcv.imread(str(path)) is None:
-        raise ValueError(f'{path} is no image.')
+    read_image(path)  # or an error that names it
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset:  # RepeatDataset and the like
         dataset = dataset['dataset']
@@ -158,7 +164,7 @@ def draw(args: argparse.Namespace) -> list[GateMap]:
     backbone = load_backbone(cfg, args.checkpoint)
     if not isinstance(backbone, LSKAVAN):
         raise ValueError(f'The backbone is {type(backbone).__name__}; drawn are gates of LSKAVAN.')
-    image = read_image(cfg, args.image)
+    image = preprocess(cfg, args.image)
     maps = gate_maps(backbone.to(args.device), normalize(image[None], cfg).to(args.device),
                      args.block)  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -168,16 +174,17 @@ def draw(args: argparse.Namespace) -> list[GateMap]:
 
 @report_errors(CheckpointError, OSError, ValueError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Draw what the gates look at')
-    parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
+    parser = make_parser('Draw what the gates look at')
+    parser.add_argument(
+        'config', type=config_file, help='config of a model with the backbone LSKAVAN'
+    )
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('image', type=Path, help='an image')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     parser.add_argument('--block', type=int, default=-1,
                         help='of each stage, negative from the end')  # fmt: skip
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
-                        help='override settings of the config: key=value')  # fmt: skip
+    add_cfg_options(parser)
     args = parser.parse_args()
     maps = draw(args)
     print(f'{make_table(maps)}\nwritten to {args.out}')

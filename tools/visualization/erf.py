@@ -31,10 +31,20 @@ import matplotlib
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import Tensor, nn
 
-from lska_mm.cli import load_backbone, markdown, normalize, png, report_errors
+from lska_mm.cli import (
+    add_cfg_options,
+    config_file,
+    load_backbone,
+    make_parser,
+    markdown,
+    normalize,
+    png,
+    read_image,
+    report_errors,
+)
 from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
@@ -159,11 +169,9 @@ def read_square(path: Path, side: int) -> np.ndarray:
     """The central square of an image, resized: (3, side, side) in BGR.
 
     Raises:
-        ValueError: If it is no image.
+        OSError: If it is not an image.
     """
-    image = mmcv.imread(str(path))
-    if image is None:
-        raise ValueError(f'{path} is no image.')
+    image = read_image(path)
     height, width = image.shape[:2]
     length = min(height, width)
     top, left = (height - length) // 2, (width - length) // 2
@@ -277,7 +285,7 @@ def measure(args: argparse.Namespace) -> list[Field]:
 
 @report_errors(CheckpointError, OSError, RuntimeError, ValueError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Effective receptive fields of backbones')
+    parser = make_parser('Effective receptive fields of backbones')
     parser.add_argument('--model', nargs='+', action='append', required=True,
                         metavar=('CONFIG', 'CHECKPOINT'), help='once a model; '
                         'without a checkpoint from random weights')  # fmt: skip
@@ -289,11 +297,15 @@ def main() -> None:
                         'a multiple of twice the stride of the last map')  # fmt: skip
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
-                        help='override settings of all configs: key=value')  # fmt: skip
+    add_cfg_options(parser)
     args = parser.parse_args()
     if any(len(model) > 2 for model in args.model):
         parser.error('--model takes a config and a checkpoint; repeat --model for the next one')
+    try:
+        for config, *_ in args.model:
+            config_file(config)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f'--model: {error}')
     if args.kernel_sizes and (len(args.model) > 1 or len(args.model[0]) > 1):
         parser.error('--kernel-sizes takes one --model, without a checkpoint')
     if min(args.num_images, args.size) < 1:
