@@ -139,20 +139,26 @@ COMMANDS = {
         'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 11 23 35 53 65 '
         '--out work_dirs/compare_kernels': (['--help'], 'usage: compare_kernels.py'),
     },
-    'docs/performance.md': {
+    'docs/deployment.md': {
         'python tools/model_converters/reparameterize_model.py demo/lska-van-tiny_fpn_nuclei.py '
         'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth deployed.pth': (
             [], 'it loads with model.backbone.deploy=True',
         ),
+        'python tools/deployment/export_onnx.py demo/lska-van-tiny_fpn_nuclei.py '
+        'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth segmentor.onnx --size 128x128': (
+            [], 'written to segmentor.onnx',
+        ),
+        'python tools/deployment/export_onnx.py demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py '
+        'work_dirs/demo-detection/epoch_10.pth detector.onnx --image demo/nuclei/image.png': (
+            ['--help'], 'usage: export_onnx.py',
+        ),
+    },
+    'docs/performance.md': {
         'python tools/analysis_tools/benchmark.py --archs tiny --kernel-sizes 7 23 53 '
         '--out work_dirs/benchmark': (['--help'], 'usage: benchmark.py'),
         'make gpu': (['-n'], 'python -m pytest -m gpu -s tests/gpu'),
         'python tools/analysis_tools/benchmark.py --device cuda --out work_dirs/benchmark-gpu': (
             ['--help'], 'usage: benchmark.py',
-        ),
-        'python tools/deployment/export_onnx.py demo/lska-van-tiny_fpn_nuclei.py '
-        'work_dirs/lska-van-tiny_fpn_nuclei/iter_1.pth segmentor.onnx --size 128x128': (
-            [], 'written to segmentor.onnx',
         ),
         'python .dev_scripts/profile_ops.py --arch base --size 800x1216': (
             ['--arch', 'tiny', '--size', '64x64'], 'depth-wise 3x3 convolution',

@@ -133,6 +133,18 @@ def test_deployed_checkpoint_has_the_same_metric(segmentor, run, tmp_path):
     assert 'The file holds LSKAVAN(' in printed
 
 
+def test_every_image_is_painted(segmentor, classifier, run, tmp_path):
+    """Into the folder itself, where names repeat from class to class, too; in a readable size."""
+    for config, demo, count in ((NUCLEI, segmentor, 1), (DIGITS, classifier, 355)):
+        folder = tmp_path / demo[0].name
+        printed = run('python', 'tools/test.py', config, last_checkpoint(demo), '--work-dir',
+                      tmp_path, '--show-dir', folder)  # fmt: skip
+        assert printed.splitlines()[-1] == f'painted images are in {folder}'
+        pictures = list(folder.glob('*.png'))
+        assert len(pictures) == len(list(folder.iterdir())) == count
+        assert min(mmcv.imread(str(pictures[0])).shape[:2]) >= 150
+
+
 # --- What goes wrong ---------------------------------------------------------------
 
 
