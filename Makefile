@@ -36,7 +36,7 @@ demo: $(READY)
 	@PATH="$(BIN):$$PATH" TASK=$(TASK) bash demo/run.sh
 
 test: $(READY)
-	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(READY)
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -m soak -s

@@ -30,6 +30,15 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')
 
 
+LONG = ('test_tools', 'test_tasks', 'test_docs', 'test_setups', 'test_training', 'test_deployment')
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files, so that two workers end together."""
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
 def load_tool(name):
     """A script of the repository as a module."""
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)

@@ -2,8 +2,8 @@
 
 It reads a line of JSON for each script: `argv`, `cwd`, `environ`, and `out`, the file
 for what the script prints; and answers with its exit code. Apart from its quick start,
-a script runs as by `python script.py`. Nothing of this project is imported here, nor of
-the toolboxes: that is left to the script.
+and that no text is formatted twice, a script runs as by `python script.py`. Nothing of
+this project is imported here, nor of the toolboxes: that is left to the script.
 """
 
 import contextlib
@@ -14,6 +14,20 @@ import runpy
 import sys
 from pathlib import Path
 
+from yapf.yapflib import yapf_api
+
+
+def format_once(text: str, *more, **how):
+    """Format a config as yapf does; MMEngine does so for every checkpoint, in half a second."""
+    if text not in formatted:
+        formatted[text] = format_code(text, *more, **how)
+    return formatted[text]
+
+
+formatted, format_code = {}, yapf_api.FormatCode
+yapf_api.FormatCode = format_once  # before MMEngine imports it
+
+# ruff: noqa: E402
 import matplotlib.pyplot  # noqa: F401
 import mmcv.ops  # noqa: F401
 import mmengine.runner  # noqa: F401

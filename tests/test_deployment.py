@@ -167,6 +167,7 @@ def test_norms_that_cannot_be_folded_are_exported_as_they_are(tmp_path, capsys):
 # --- torch's own graphs --------------------------------------------------------
 
 
+@pytest.mark.soak  # the compiler takes half a minute; tests/gpu has the graphs without it
 @pytest.mark.parametrize('deploy', [False, True], ids=['default', 'deployed'])
 def test_compiles_as_one_graph(deploy):
     """The first stage of the published network: to compile all takes minutes."""
@@ -180,6 +181,7 @@ def test_compiles_as_one_graph(deploy):
     assert difference <= 1e-5
 
 
+@pytest.mark.soak  # the compiler takes half a minute; tests/gpu has the graphs without it
 def test_compiled_training_step():
     """Gradients as without the compiler; sizes are fixed, see docs/performance.md."""
     image, grads = torch.rand(2, 3, 64, 64), []
@@ -192,6 +194,7 @@ def test_compiled_training_step():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.soak  # the compiler takes half a minute; tests/gpu has the graphs without it
 def test_compile_key_of_a_config(run, nuclei, tmp_path):
     """MMEngine's `compile`: a small segmentor trains and is tested as without it."""
     (tmp_path / 'small.py').write_text(
