@@ -70,16 +70,6 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
                         help='override settings: key=value, key="[a,b]"')  # fmt: skip
 
 
-def config_file(path: str) -> str:
-    """Convert an argument that names a config."""
-    if Path(path).is_dir():
-        raise argparse.ArgumentTypeError(f'{path} is a folder, not a config file')
-    if not Path(path).is_file():
-        hint = f'; there is {path}.py' if Path(f'{path}.py').is_file() else ''
-        raise argparse.ArgumentTypeError(f'no config at {path}{hint}')
-    return path
-
-
 def ending(suffix: str) -> Callable[[str], Path]:
     """Make a converter of an argument that names a file to write."""
 
@@ -105,7 +95,7 @@ def size(text: str) -> tuple[int, int]:
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Make a parser with the arguments that training and testing have in common."""
     parser = make_parser(description)
-    parser.add_argument('config', type=config_file, help='config file')
+    parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints; by default the '
                         "config's, or work_dirs/CONFIG_NAME")  # fmt: skip
     add_cfg_options(parser)
@@ -118,6 +108,20 @@ def base_parser(description: str) -> argparse.ArgumentParser:
 
 
 # --- Config and Runner ------------------------------------------------------------
+
+
+def read_config(path: str) -> Config:
+    """Read a config.
+
+    Raises:
+        OSError: If there is none, with a hint where only ``.py`` lacks; if it is a folder.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f'{path} is a folder, not a config file.')
+    if not Path(path).is_file():
+        hint = f' There is {path}.py.' if Path(f'{path}.py').is_file() else ''
+        raise FileNotFoundError(f'No config at {path}.{hint}')
+    return Config.fromfile(path)
 
 
 def toolbox(cfg: Config) -> str:
@@ -137,7 +141,7 @@ def load_config(args: argparse.Namespace, **loader: Any) -> Config:
             other toolboxes' set nothing.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if toolbox(cfg) == 'mmpretrain':
         loader = dict(pin_memory=True, collate_fn=dict(type='default_collate'), **loader)
@@ -172,7 +176,7 @@ def load_model(
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
     """
-    cfg = Config.fromfile(config)
+    cfg = read_config(config)
     cfg.merge_from_dict(options or {})
     init_default_scope(toolbox(cfg))
     if 'backbone' in cfg.model:

@@ -55,9 +55,9 @@ TOOLS = {
 }
 WRONG = {
     'CONFIG': {
-        'folder': 'folder is a folder, not a config file',
-        'missing.py': 'no config at missing.py',
-        'config': 'no config at config; there is config.py',
+        'folder': 'folder is a folder, not a config file.',
+        'missing.py': 'No config at missing.py.',
+        'config': 'No config at config. There is config.py.',
     },
     'CHECKPOINT': {
         'folder': 'folder is a folder; name a checkpoint file in it.',

@@ -36,10 +36,10 @@ from torch.onnx.utils import export as trace_to_onnx  # the one exporter that to
 
 from lska_mm.cli import (
     add_cfg_options,
-    config_file,
     ending,
     load_model,
     make_parser,
+    read_config,
     read_image,
     report_errors,
     size,
@@ -228,7 +228,7 @@ def export_detector(
 @report_errors(CheckpointError, OSError, RuntimeError)
 def main() -> None:
     parser = make_parser('Export a model to ONNX')
-    parser.add_argument('config', type=config_file, help='config of the model')
+    parser.add_argument('config', help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('save_path', type=ending('.onnx'), help='file to write, .onnx')
     parser.add_argument('--backbone', action='store_true', help='only the backbone')
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument('--static', action='store_true', help='of a detector: for one size alone')
     add_cfg_options(parser)
     args = parser.parse_args()
-    if toolbox(Config.fromfile(args.config)) == 'mmdet' and not args.backbone:
+    if toolbox(read_config(args.config)) == 'mmdet' and not args.backbone:
         export_detector(
             args.config, args.checkpoint, args.save_path, args.image, args.static, args.size,
             args.cfg_options,

@@ -9,7 +9,7 @@ rounding, and loads with the same config and model.backbone.deploy=True.
 import sys
 from pathlib import Path
 
-from lska_mm.cli import add_cfg_options, config_file, load_model, make_parser, report_errors
+from lska_mm.cli import add_cfg_options, load_model, make_parser, report_errors
 from lska_mm.weights.convert import pth, save_with_hash
 from lska_mm.weights.names import CheckpointError
 
@@ -35,7 +35,7 @@ def reparameterize(config: str, checkpoint: str, dst: Path, options: dict) -> Pa
 @report_errors(CheckpointError, OSError, TypeError)
 def main() -> None:
     parser = make_parser('Make a checkpoint for inference')
-    parser.add_argument('config', type=config_file, help='config of the model')
+    parser.add_argument('config', help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
     add_cfg_options(parser)

@@ -30,12 +30,12 @@ from torch.nn import functional as F  # noqa: N812
 from lska_mm import LSKA, LSKAVAN
 from lska_mm.cli import (
     add_cfg_options,
-    config_file,
     load_backbone,
     make_parser,
     markdown,
     normalize,
     png,
+    read_config,
     read_image,
     report_errors,
 )
@@ -159,7 +159,7 @@ def draw(args: argparse.Namespace) -> list[GateMap]:
     Raises:
         CheckpointError, OSError, ValueError: Say what is wrong.
     """
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.merge_from_dict(args.cfg_options)
     backbone = load_backbone(cfg, args.checkpoint)
     if not isinstance(backbone, LSKAVAN):
@@ -175,9 +175,7 @@ def draw(args: argparse.Namespace) -> list[GateMap]:
 @report_errors(CheckpointError, OSError, ValueError)
 def main() -> None:
     parser = make_parser('Draw what the gates look at')
-    parser.add_argument(
-        'config', type=config_file, help='config of a model with the backbone LSKAVAN'
-    )
+    parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('image', type=Path, help='an image')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')

@@ -31,17 +31,16 @@ import matplotlib
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config
 from torch import Tensor, nn
 
 from lska_mm.cli import (
     add_cfg_options,
-    config_file,
     load_backbone,
     make_parser,
     markdown,
     normalize,
     png,
+    read_config,
     read_image,
     report_errors,
 )
@@ -263,7 +262,7 @@ def measure(args: argparse.Namespace) -> list[Field]:
     fields = []
     for config, *checkpoint in args.model:
         for size in args.kernel_sizes or [None]:
-            cfg = Config.fromfile(config)
+            cfg = read_config(config)
             cfg.merge_from_dict(args.cfg_options)
             if size is not None:
                 name = cfg.get('model', {}).get('backbone', {}).get('type')
@@ -301,11 +300,6 @@ def main() -> None:
     args = parser.parse_args()
     if any(len(model) > 2 for model in args.model):
         parser.error('--model takes a config and a checkpoint; repeat --model for the next one')
-    try:
-        for config, *_ in args.model:
-            config_file(config)
-    except argparse.ArgumentTypeError as error:
-        parser.error(f'--model: {error}')
     if args.kernel_sizes and (len(args.model) > 1 or len(args.model[0]) > 1):
         parser.error('--kernel-sizes takes one --model, without a checkpoint')
     if min(args.num_images, args.size) < 1:
