@@ -10,7 +10,7 @@ from benchmark import build
 from benchmarking.gpu import Case, run
 images = (32, (224, 224)) if sys.argv[2] == 'cuda' else (2, (32, 32))
 train = Case('tiny', 23, *images, 'bf16', 'NCHW', True)
-graphs = train._replace(train=False, layout='channels_last', compiled=True)
+graphs = train._replace(train=False, precision='fp32', layout='channels_last', compiled=True)
 print(run(build, Path(sys.argv[1]), 1e9, sys.argv[2], [train, graphs]))
 """
 

@@ -72,6 +72,9 @@ def compare(found: Any, expected: Any) -> str:
     found, expected = found[found.scores >= SURE - 1e-3], expected[expected.scores >= SURE]
     if not len(expected):
         return f'no detection of score {SURE} or more: nothing to compare; give another --image'
+    more = int((found.scores >= SURE + 1e-3).sum()) - len(expected)
+    if more > 0:
+        raise RuntimeError(f'ONNX Runtime finds {more} more than PyTorch. Nothing was written.')
     worst = dict(box=0.0, score=0.0)
     if 'masks' in expected:
         worst['1 - IoU of masks'] = 0.0

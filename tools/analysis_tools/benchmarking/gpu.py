@@ -125,7 +125,8 @@ class Device:
         from torch.profiler import ProfilerActivity, profile
 
         step()
-        with profile(activities=[*ProfilerActivity.__members__.values()][: 1 + self.is_gpu]) as p:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.is_gpu
+        with profile(activities=activities) as p:
             step()
             if self.is_gpu:
                 torch.cuda.synchronize()
@@ -160,12 +161,11 @@ def make_step(run: Callable, model: nn.Module, images: torch.Tensor, case: Case)
 def measure(case: Case, models: dict[str, nn.Module], device: Device) -> list[dict]:
     """A row for each model: milliseconds, ratio to the plain one, limit on paper, memory."""
     images = torch.rand(case.batch, 3, *case.size, device=device.device)
-    if case.layout == 'channels_last':
-        images = images.contiguous(memory_format=torch.channels_last)
-        models = {k: m.to(memory_format=torch.channels_last) for k, m in models.items()}
+    layout = getattr(torch, dict(NCHW='contiguous_format').get(case.layout, case.layout))
+    images = images.contiguous(memory_format=layout)
     steps, owners = {}, {}
     for name, model in models.items():
-        model.to(device.device)
+        model.to(device.device, memory_format=layout)
         model.train(case.train)
         steps[name] = make_step(model, model, images, case)
         owners[name] = model
