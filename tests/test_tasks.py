@@ -145,6 +145,15 @@ def test_every_image_is_painted(segmentor, classifier, run, tmp_path):
         assert min(mmcv.imread(str(pictures[0])).shape[:2]) >= 150
 
 
+def test_images_without_a_path_are_painted(classifier, run, tmp_path):
+    """As those of CIFAR-10, which the data set holds itself."""
+    run('python', 'tools/test.py', DIGITS, last_checkpoint(classifier), '--work-dir', tmp_path,
+        '--show-dir', tmp_path / 'shown', '--cfg-options', 'test_dataloader.dataset.indices=3',
+        'test_dataloader.dataset.pipeline.2.meta_keys=[ori_shape]')  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / 'shown').iterdir())
+    assert names == ['image_1.png', 'image_2.png', 'image_3.png']
+
+
 # --- What goes wrong ---------------------------------------------------------------
 
 

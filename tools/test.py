@@ -7,6 +7,7 @@ Does what the own tool of the config's toolbox does, but refuses a checkpoint th
 leaves a part of the model random.
 """
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,9 +21,10 @@ from lska_mm.cli import base_parser, build_runner, load_config, report_errors, t
 from lska_mm.engine.hooks import CheckWeightsHook
 from lska_mm.weights.names import CheckpointError
 
-# Each toolbox has its own way to show predictions, to dump them, and to flip images.
-SHOW = dict(mmdet=dict(draw=True), mmseg=dict(draw=True), mmpretrain=dict(enable=True))
-DUMP = dict(mmdet='mmdet.DumpDetResults', mmpretrain='DumpResults')
+# Each toolbox has its own way to dump predictions, and to flip images.
+DUMP = dict(
+    mmdet='mmdet.DumpDetResults', mmrotate='mmdet.DumpDetResults', mmpretrain='DumpResults'
+)
 BOXES = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
 TTA_MODEL = dict(
     mmdet=dict(type='DetTTAModel', tta_cfg=BOXES),
@@ -35,10 +37,10 @@ META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'fl
 
 
 class PaintHook(Hook):
-    """Paint the predictions for every image, by the visualizer of the toolbox, into a folder.
+    """Paint the predictions of a segmentor or a classifier for every image into a folder.
 
-    Files are named after the image and the folder it lies in; small images of a classifier
-    are enlarged.
+    Their toolboxes' hooks paint some of the images, or all of the same name into one file. Here
+    files are named after the image and its folder; small images of a classifier are enlarged.
     """
 
     def __init__(self, folder: str):
@@ -46,13 +48,16 @@ class PaintHook(Hook):
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Paint a batch."""
-        for sample in outputs:
-            path = Path(sample.img_path)
-            name = f'{path.parent.name}_{path.stem}'
+        for i, sample in enumerate(outputs):
+            path = Path(sample.get('img_path', ''))  # of CIFAR there is none
+            name = '_'.join(filter(None, (path.parent.name, path.stem))) or 'image'
             self.names[name] += 1
-            number = f'_{self.names[name]}' if self.names[name] > 1 else ''
+            number = f'_{self.names[name]}' if self.names[name] > 1 or not path.name else ''
             out = str(self.folder / f'{name}{number}.png')
-            image = mmcv.imread(sample.img_path, channel_order='rgb')
+            if path.name:
+                image = mmcv.imread(sample.img_path, channel_order='rgb')
+            else:
+                image = data_batch['inputs'][i].permute(1, 2, 0).cpu().numpy().astype('uint8')
             if hasattr(runner.visualizer, 'visualize_cls'):
                 factor = max(1, READABLE // min(image.shape[:2]))
                 runner.visualizer.visualize_cls(image, sample, rescale_factor=factor, out_file=out)
@@ -102,11 +107,17 @@ def main() -> None:
         enable_tta(cfg)
     if args.out and scope == 'mmseg':
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
-    if args.show:
-        showing = dict(**SHOW[scope], show=True, wait_time=args.wait_time)
-        cfg.default_hooks.visualization.update(showing)
+    paint = args.show_dir and scope in ('mmseg', 'mmpretrain')
+    if args.show or (args.show_dir and not paint):
+        drawing = dict(show=args.show, wait_time=args.wait_time)
+        drawing['enable' if scope == 'mmpretrain' else 'draw'] = True
+        if (
+            not paint and args.show_dir
+        ):  # of a detector all images; absolute, or below the work dir
+            drawing['test_out_dir'] = os.path.abspath(args.show_dir)
+        cfg.default_hooks.visualization.update(drawing)
     runner = build_runner(cfg)
-    if args.show_dir:
+    if paint:
         runner.register_hook(PaintHook(args.show_dir))
     runner.register_hook(CheckWeightsHook())
     if args.out and scope in DUMP:

@@ -90,7 +90,8 @@ class SaveOnSignalHook(Hook):
 
     def __init__(self) -> None:
         self.asked, self.group, self.handlers = False, None, dict[int, Any]()
-        self._listen('SIGUSR1')  # workers of an endless loader start with the loop
+        with suppress(RuntimeError):  # elsewhere it may still be for a test
+            self._listen('SIGUSR1')  # workers of an endless loader start with the loop
 
     def before_train(self, runner) -> None:
         """Listen from now on."""

@@ -142,8 +142,9 @@ def test_signals_need_the_main_thread():
     errors = []
 
     def listen():
+        hook = SaveOnSignalHook()  # a Runner for a test may be built there
         try:
-            SaveOnSignalHook().before_train(None)
+            hook.before_train(None)
         except RuntimeError as error:
             errors.append(str(error))
 
