@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from lska_mm.cli import size
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools/analysis_tools'))
-from benchmark import build, keep_heap, make_step
+from benchmark import build, keep_heap
+from benchmarking.steps import make_step
 
 REPEATS = 3
 
@@ -62,7 +63,7 @@ def main():
     image = torch.rand(args.batch, 3, *args.size)
     models = build(args.arch, args.kernel_size, args.train)
     times = {
-        name: measure(make_step(model.train(args.train), image, args.train, amp=False))
+        name: measure(make_step(model.train(args.train), image, args.train, dtype=None))
         for name, model in models.items()
         if name != 'van'
     }

@@ -27,7 +27,6 @@ keep all; --fresh-heap does not, and shows what a young process pays.
 
 import argparse
 import ctypes
-import io
 import itertools
 import resource
 import statistics
@@ -45,6 +44,7 @@ from benchmarking import gpu
 from benchmarking.counting import multiply_adds
 from benchmarking.plain_lska_van import plain_lska_van
 from benchmarking.report import ARCHS, HEADER, format_row, merge, write_report
+from benchmarking.steps import make_onnx_step, make_openvino_step, make_step
 from lska_mm import LSKAVAN
 from lska_mm.cli import make_parser, report_errors, size
 
@@ -69,55 +69,6 @@ def build(arch: str, kernel_size: int, train: bool) -> dict[str, nn.Module]:
     except ImportError:
         print('benchmark.py: without van, mmpretrain is not installed')
     return models
-
-
-def make_step(model: nn.Module, image: torch.Tensor, train: bool, amp: bool) -> Callable[[], None]:
-    """What is timed: an inference, or a forward and a backward pass."""
-
-    def step() -> None:
-        with torch.set_grad_enabled(train), torch.autocast(image.device.type, enabled=amp):
-            out = model(image)
-        if train:
-            out = out[-1] if isinstance(out, tuple) else out
-            out.float().sum().backward()
-            model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def to_onnx(model: nn.Module, image: torch.Tensor) -> io.BytesIO:
-    """The graph of a model."""
-    from torch.onnx.utils import export
-
-    file = io.BytesIO()
-    export(model, (image,), file, opset_version=17, input_names=['images'])
-    return io.BytesIO(file.getvalue())
-
-
-def make_onnx_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
-    """An inference in ONNX Runtime, by as many threads as PyTorch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.force_spinning_stop', '1')  # leave the next its CPU
-    session = onnxruntime.InferenceSession(
-        to_onnx(model, image).getvalue(), options, providers=['CPUExecutionProvider']
-    )
-    inputs = dict(images=image.numpy())
-    return lambda: session.run(None, inputs)
-
-
-def make_openvino_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
-    """An inference in OpenVINO, by as many threads as PyTorch has, in float32."""
-    import openvino
-
-    how = dict(INFERENCE_NUM_THREADS=torch.get_num_threads(), INFERENCE_PRECISION_HINT='f32')
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(to_onnx(model, image)), 'CPU', how)
-    request = compiled.create_infer_request()
-    inputs = [image.numpy()]
-    return lambda: request.infer(inputs)
 
 
 def time_once(step: Callable[[], None]) -> float:
@@ -233,7 +184,7 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     steps = {}
     for name, model in models.items():
         model.train(args.train)
-        steps[name] = make_step(model, image, args.train, args.amp)
+        steps[name] = make_step(model, image, args.train, torch.bfloat16 if args.amp else None)
     engines = dict(onnx=make_onnx_step, openvino=make_openvino_step)
     for engine, name in itertools.product(engines, ('plain', 'deployed')):
         if getattr(args, engine):

@@ -22,9 +22,11 @@ from torch import nn
 
 from benchmarking.gpu_report import kind, plot, profile_table, table
 from benchmarking.paper import least_milliseconds, operators
+from benchmarking.steps import make_step
 
 TURNS = 7  # steps of each model, in turns
 WARM_UP = 3
+LAYOUTS = dict(NCHW=torch.contiguous_format, channels_last=torch.channels_last)
 TYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
@@ -47,7 +49,7 @@ ARCHS = ('tiny', 'base')
 
 def plan() -> Iterator[Case]:
     """List what is measured, the most telling first."""
-    modes, layouts = (False, True), ('NCHW', 'channels_last')
+    modes, layouts = (False, True), tuple(LAYOUTS)
     for arch, train, shape, layout in itertools.product(ARCHS, modes, SHAPES, layouts):
         yield Case(arch, 23, *shape, 'bf16', layout, train)
     for train in modes:
@@ -138,40 +140,25 @@ class Device:
         return found
 
 
-def make_step(run: Callable, model: nn.Module, images: torch.Tensor, case: Case) -> Callable:
-    """What is timed: an inference, or a forward and a backward pass."""
-    amp = case.precision != 'fp32'
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        with (
-            torch.set_grad_enabled(case.train),
-            torch.autocast(images.device.type, TYPES[case.precision] if amp else None, amp),
-        ):
-            out = run(images)
-        if not case.train:
-            return out
-        out = out[-1] if isinstance(out, tuple) else out
-        out.float().sum().backward()
-        return [p.grad for p in model.parameters()]
-
-    return step
+def make_images(case: Case, device: Device) -> torch.Tensor:
+    """Images of a case, in its layout."""
+    images = torch.rand(case.batch, 3, *case.size, device=device.device)
+    return images.contiguous(memory_format=LAYOUTS[case.layout])
 
 
 def measure(case: Case, models: dict[str, nn.Module], device: Device) -> list[dict]:
     """A row for each model: milliseconds, ratio to the plain one, limit on paper, memory."""
-    images = torch.rand(case.batch, 3, *case.size, device=device.device)
-    layout = getattr(torch, dict(NCHW='contiguous_format').get(case.layout, case.layout))
-    images = images.contiguous(memory_format=layout)
+    images = make_images(case, device)
+    dtype = None if case.precision == 'fp32' else TYPES[case.precision]
     steps, owners = {}, {}
     for name, model in models.items():
-        model.to(device.device, memory_format=layout)
+        model.to(device.device, memory_format=LAYOUTS[case.layout])
         model.train(case.train)
-        steps[name] = make_step(model, model, images, case)
+        steps[name] = make_step(model, images, case.train, dtype)
         owners[name] = model
         if case.compiled and name not in ('van', 'with_cp'):
             torch.compiler.reset()
-            step = make_step(device.compile(model), model, images, case)
+            step = make_step(model, images, case.train, dtype, device.compile(model))
             variants = {
                 f'{name} graph': device.capture(steps[name]),
                 f'{name} compiled': step,
@@ -258,10 +245,11 @@ def run(build: Callable, out: Path, seconds: float, name: str = 'cuda', cases: A
             continue
         rows += found
         print(table(found), flush=True)
-        if case.train and case[1:4] == (23, *SHAPES[0]) and case.precision == 'bf16':
+        usual = case[1:5] == (23, *SHAPES[0], 'bf16') and not case.compiled
+        if usual and case.train:
+            images = make_images(case, device)
             for key in ('plain', 'default'):
-                images = torch.rand(case.batch, 3, *case.size, device=device.device)
-                step = make_step(models[key], models[key], images, case)
+                step = make_step(models[key], images, case.train, TYPES[case.precision])
                 profiles[f'{key}, {case.arch}, {case.layout}'] = device.profile(step)
     gpu = torch.cuda.get_device_name() if device.is_gpu else 'CPU'
     rates = ', '.join(f'{key} {rate / 1e12:.1f}' for key, rate in device.rates.items())
