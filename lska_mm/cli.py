@@ -81,7 +81,7 @@ def ending(suffix: str) -> Callable[[str], Path]:
     return convert
 
 
-png = ending('.png')
+png, pth = ending('.png'), ending('.pth')
 
 
 def size(text: str) -> tuple[int, int]:
@@ -104,6 +104,14 @@ def base_parser(description: str) -> argparse.ArgumentParser:
                         help='set by launchers')  # fmt: skip
     for name in ('pin-memory', 'persistent-workers'):
         parser.add_argument(f'--no-{name}', action='store_true', help='as mmpretrain has it')
+    return parser
+
+
+def converter_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser with the arguments that converters of checkpoints have in common."""
+    parser = make_parser(description)
+    parser.add_argument('src', help='checkpoint in any published layout')
+    parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
     return parser
 
 

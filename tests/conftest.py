@@ -28,8 +28,6 @@ from reference.build_state import build_image, build_state
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')
-
-
 LONG = ('test_tools', 'test_tasks', 'test_docs', 'test_setups', 'test_training', 'test_deployment')
 
 
@@ -274,6 +272,14 @@ def nuclei(run, tmp_path_factory):
     """The embedded data, converted."""
     out = tmp_path_factory.mktemp('nuclei')
     run('python', 'tools/dataset_converters/nuclei.py', '--out', out)
+    return out
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """scikit-learn's digits as files."""
+    out = tmp_path_factory.mktemp('digits')
+    load_tool('tools/dataset_converters/digits.py').convert(out)
     return out
 
 

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import mmcv
 import mmdet
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from pycocotools.coco import COCO
 
 from conftest import ROOT
-from lska_mm.weights.match import describe
 
 DEMO = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py'
 RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
@@ -270,90 +267,6 @@ def test_slurm_command_line(run, tmp_path, script, end):
     )
     assert '|--quiet|--mem=8G|python|-u|' in printed
     assert printed.endswith(end)
-
-
-# --- Checkpoints ---------------------------------------------------------------
-
-
-def test_convert_checkpoint(run, published_file, tmp_path):
-    printed = run('python', 'tools/convert_checkpoint.py', published_file, tmp_path / 'tiny.pth')
-    assert 'arch tiny, attention LSKA, kernel size 23, ' in printed
-    path = Path(printed.strip().splitlines()[-1].removeprefix('written to '))
-    assert re.fullmatch(r'tiny-[0-9a-f]{8}\.pth', path.name)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    content = torch.load(path, weights_only=True)
-    assert describe(content['state_dict'])['kernel_size'] == 23
-    assert f'{len(content["state_dict"])} tensors' in printed
-    source = torch.load(published_file, weights_only=False)['state_dict']
-    for ours, theirs in zip(content['state_dict'].values(), source.values()):
-        assert torch.equal(ours, theirs)
-    assert content['state_dict'].keys() >= {'head.fc.weight', 'backbone.norm4.bias'}
-    again = run('python', 'tools/convert_checkpoint.py', path, tmp_path / 'again.pth')
-    assert path.stem.split('-')[-1] in again  # idempotent, to the byte
-
-
-@pytest.mark.parametrize('content', [{}, dict(state_dict={'conv1.weight': torch.zeros(1)})])
-def test_convert_checkpoint_refuses_others(run, tmp_path, content):
-    torch.save(content, tmp_path / 'other.pth')
-    printed = run(
-        'python',
-        'tools/convert_checkpoint.py',
-        tmp_path / 'other.pth',
-        tmp_path / 'out/tiny.pth',
-        code=1,
-    )
-    assert 'holds no LSKA-VAN' in printed
-    assert 'Traceback' not in printed
-    assert not (tmp_path / 'out').exists()
-
-
-# --- Data ----------------------------------------------------------------------
-
-
-def test_nuclei_as_coco(nuclei):
-    """The masks of both parts, put together, are the label map again."""
-    labels = mmcv.imread(str(ROOT / 'demo/nuclei/labels.png'), flag='unchanged')
-    image = mmcv.imread(str(ROOT / 'demo/nuclei/image.png'), flag='unchanged')
-    for split, part in (('train', np.s_[:, :352]), ('val', np.s_[:, 352:])):
-        coco = COCO(str(nuclei / f'coco/annotations/{split}.json'))
-        assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == ['nucleus']
-        (info,) = coco.loadImgs(coco.getImgIds())
-        stored = mmcv.imread(str(nuclei / f'coco/{split}/{info["file_name"]}'), flag='unchanged')
-        assert np.array_equal(stored, image[part])
-        union = np.zeros_like(labels[part], dtype=bool)
-        for annotation in coco.loadAnns(coco.getAnnIds()):
-            mask = coco.annToMask(annotation).astype(bool)
-            values = np.unique(labels[part][mask])
-            assert len(values) == 1
-            assert not (union & mask).any()
-            assert annotation['area'] == mask.sum() == (labels[part] == values[0]).sum()
-            x, y, w, h = map(int, annotation['bbox'])
-            assert mask[y : y + h, x : x + w].sum() == mask.sum()
-            union |= mask
-        assert union.sum() >= 0.999 * (labels[part] > 0).sum()  # less slivers at the border
-
-
-def test_nuclei_as_ade20k(nuclei):
-    labels = mmcv.imread(str(ROOT / 'demo/nuclei/labels.png'), flag='unchanged')
-    for split, part in (('training', np.s_[:, :352]), ('validation', np.s_[:, 352:])):
-        semantic = mmcv.imread(
-            str(nuclei / f'ade/annotations/{split}/nuclei.png'), flag='unchanged'
-        )
-        assert np.array_equal(semantic, np.where(labels[part] > 0, 2, 1))
-        shape = mmcv.imread(str(nuclei / f'ade/images/{split}/nuclei.png')).shape[:2]
-        assert shape == semantic.shape
-
-
-def test_nuclei_from_a_folder_without_images(run, tmp_path):
-    printed = run('python', 'tools/dataset_converters/nuclei.py', tmp_path, code=1)
-    assert f'No image.png in {tmp_path}' in printed
-
-
-def test_nuclei_of_unequal_sizes(run, tmp_path):
-    mmcv.imwrite(np.zeros((8, 8), np.uint8), str(tmp_path / 'image.png'))
-    mmcv.imwrite(np.zeros((8, 9), np.uint8), str(tmp_path / 'labels.png'))
-    printed = run('python', 'tools/dataset_converters/nuclei.py', tmp_path, code=1)
-    assert 'image.png is (8, 8), labels.png (8, 9)' in printed
 
 
 # --- What goes wrong -----------------------------------------------------------

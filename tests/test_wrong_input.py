@@ -7,17 +7,10 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, load_tool
+from conftest import ROOT
 
 DIGITS = ROOT / 'demo/lska-van-tiny_digits.py'
 IMAGE = ROOT / 'demo/nuclei/image.png'
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory):
-    out = tmp_path_factory.mktemp('digits')
-    load_tool('tools/dataset_converters/digits.py').convert(out)
-    return out
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ configs load SRC as it is; converting gives a file that opens with
 
 import sys
 
-from lska_mm.cli import report_errors
-from lska_mm.weights.convert import converter_parser, read, save_with_hash, whole
+from lska_mm.cli import converter_parser, report_errors
+from lska_mm.weights.convert import read, save_with_hash, whole
 from lska_mm.weights.names import CheckpointError
 
 

@@ -4,6 +4,4 @@ model = dict(
     backbone=_base_.lska_van_tiny,
     neck=dict(in_channels=[32, 64, 160, 256]),
 )
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
-)
+optim_wrapper = dict(optimizer=_base_.adamw)

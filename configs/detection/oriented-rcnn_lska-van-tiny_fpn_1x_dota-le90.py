@@ -9,6 +9,4 @@ model = dict(
 )
 
 # Optimizer: as on COCO; the schedule and clipping are mmrotate's.
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
-)
+optim_wrapper = dict(optimizer=_base_.adamw)

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +17,6 @@ from .match import arch_name, describe
 from .names import CheckpointError, get_state_dict
 
 
-def converter_parser(description: str) -> ArgumentParser:
-    """Make a parser with the arguments that converters have in common."""
-    parser = ArgumentParser(description=description)
-    parser.add_argument('src', help='checkpoint in any published layout')
-    parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
-    return parser
-
-
-def pth(path: str) -> Path:
-    """Convert an argument that names a checkpoint to write."""
-    if Path(path).suffix != '.pth':
-        raise ArgumentTypeError(f'{path} does not end in .pth')
-    return Path(path)
-
-
 def convert(
     args: Namespace, transform: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str], str]]
 ) -> None:
@@ -40,7 +25,7 @@ def convert(
     Of what else the file holds, ``meta`` stays, without the text of the config.
 
     Args:
-        args: What `converter_parser` parsed.
+        args: What `lska_mm.cli.converter_parser` parsed.
         transform: From tensors to others, lines to print of its details, and a summary.
 
     Raises:

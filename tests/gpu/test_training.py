@@ -31,13 +31,6 @@ def last_metric(work_dir, name):
     return [line[name] for line in values if name in line][-1]
 
 
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory):
-    out = tmp_path_factory.mktemp('digits')
-    load_tool('tools/dataset_converters/digits.py').convert(out)
-    return out
-
-
 @pytest.mark.parametrize('how', DIGITS)
 def test_classifier(device, tool, digits, tmp_path, how):
     """The digits, in 8 epochs; on a CPU a step of them."""

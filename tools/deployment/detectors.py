@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
+from torch import nn
 
 FOLDER = Path(__file__).parent / 'configs'
 SURE = 0.5  # score from which on detections are compared
 
 
 def export_detector(
-    model_cfg: Config, checkpoint: str, path: Path, image: np.ndarray, static: bool
+    cfg: Config, model: nn.Module, checkpoint: str, path: Path, image: np.ndarray, static: bool
 ) -> str:
     """Write a detector as one ONNX file of standard operators, and compare its detections.
 
     Args:
-        model_cfg: Of the detector.
-        checkpoint: Its weights.
+        cfg: Of the detector.
+        model: The detector with its weights, to compare with.
+        checkpoint: The file of the weights.
         path: File to write.
         image: To trace and to compare with, (H, W, 3), BGR.
         static: For one image of the size that the config's test pipeline makes of ``image``.
@@ -39,15 +41,15 @@ def export_detector(
     from mmdeploy.apis import torch2onnx
     from mmdeploy.apis.utils import build_task_processor
 
-    kind = 'instance-seg' if _has_masks(model_cfg.model) else 'detection'
+    kind = 'instance-seg' if _has_masks(cfg.model) else 'detection'
     deploy_cfg = Config.fromfile(
         FOLDER / f'{kind}_onnxruntime_{"static" if static else "dynamic"}.py'
     )
-    warnings.simplefilter('ignore')  # of tracing, a page
-    torch2onnx(image, str(path.parent), path.name, deploy_cfg, model_cfg, checkpoint, 'cpu')
-    processor = build_task_processor(model_cfg, deploy_cfg, 'cpu')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of tracing, a page
+        torch2onnx(image, str(path.parent), path.name, deploy_cfg, cfg, checkpoint, 'cpu')
+    processor = build_task_processor(cfg, deploy_cfg, 'cpu')
     exported = processor.build_backend_model([str(path)], processor.update_data_preprocessor)
-    model = processor.build_pytorch_model(checkpoint)
     # A graph for any size is tried with another, too.
     height, width = image.shape[:2]
     lines = []

@@ -217,10 +217,10 @@ def export_detector(
         pixels = np.random.default_rng(0).integers(0, 256, (*image_size, 3), dtype=np.uint8)
     else:
         pixels = read_image(image)
-    cfg, _ = load_model(config, checkpoint, options)  # refuses what MMDeploy would only warn of
+    cfg, model = load_model(config, checkpoint, options)  # MMDeploy would only warn
     with written_beside(save_path) as part, tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'model.onnx')
-        print(detectors.export_detector(cfg, checkpoint, path, pixels, static))
+        print(detectors.export_detector(cfg, model, checkpoint, path, pixels, static))
         add_metadata(path, cfg)
         part.write_bytes(path.read_bytes())
 
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument('--static', action='store_true', help='of a detector: for one size alone')
     add_cfg_options(parser)
     args = parser.parse_args()
-    if toolbox(read_config(args.config)) == 'mmdet' and not args.backbone:
+    if toolbox(read_config(args.config)) in ('mmdet', 'mmrotate') and not args.backbone:
         export_detector(
             args.config, args.checkpoint, args.save_path, args.image, args.static, args.size,
             args.cfg_options,

@@ -9,8 +9,8 @@ rounding, and loads with the same config and model.backbone.deploy=True.
 import sys
 from pathlib import Path
 
-from lska_mm.cli import add_cfg_options, load_model, make_parser, report_errors
-from lska_mm.weights.convert import pth, save_with_hash
+from lska_mm.cli import add_cfg_options, load_model, make_parser, pth, report_errors
+from lska_mm.weights.convert import save_with_hash
 from lska_mm.weights.names import CheckpointError
 
 

@@ -13,9 +13,9 @@ channels, those for 1 are the sum; for others they are repeated in turn and resc
 
 import sys
 
-from lska_mm.cli import report_errors
+from lska_mm.cli import converter_parser, report_errors
 from lska_mm.weights.channels import resize_channels
-from lska_mm.weights.convert import convert, converter_parser
+from lska_mm.weights.convert import convert
 from lska_mm.weights.names import CheckpointError
 from lska_mm.weights.resize import resize_kernels, summarize_errors
 

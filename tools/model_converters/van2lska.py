@@ -13,8 +13,8 @@ start for training.
 import statistics
 import sys
 
-from lska_mm.cli import report_errors
-from lska_mm.weights.convert import convert, converter_parser
+from lska_mm.cli import converter_parser, report_errors
+from lska_mm.weights.convert import convert
 from lska_mm.weights.names import CheckpointError
 from lska_mm.weights.separate import separate_kernels
 

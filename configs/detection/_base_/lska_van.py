@@ -1,5 +1,7 @@
-# What every detector here has in common, and the backbone for its leaf to take:
+# What every detector here has in common; the backbone and, where the schedule is not
+# adamw_1x.py, the optimizer for its leaf to take:
 #     model = dict(backbone=_base_.lska_van_tiny)
+#     optim_wrapper = dict(optimizer=_base_.adamw)
 custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
 
@@ -15,3 +17,4 @@ lska_van_tiny = dict(
         checkpoint='{{$LSKA_PRETRAINED:pretrained}}/lska-van-tiny_k23_in1k.pth',
     ),
 )
+adamw = dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
