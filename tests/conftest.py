@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yapf.yapflib.yapf_api  # noqa: F401  fills its cache before processes race for it
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -38,10 +39,13 @@ def pytest_collection_modifyitems(items):
 
 
 def load_tool(name):
-    """A script of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    """A script of the repository as a module; it finds those beside it, as a script does."""
+    path = ROOT / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
+    sys.path.remove(str(path.parent))
     return module
 
 
@@ -195,24 +199,38 @@ def published_file(tmp_path_factory):
 @pytest.fixture(scope='session')
 def preloaded(tmp_path_factory):
     """Run a Python script by `preloaded.py`; returns exit code and what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / 'tests/preloaded.py'],
-        env={'OMP_NUM_THREADS': '2', **os.environ},
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
     out = tmp_path_factory.mktemp('preloaded') / 'printed'
+    process = None
+
+    def start():
+        for _ in range(3):  # libraries race for their caches while they are imported
+            process = subprocess.Popen(
+                [sys.executable, ROOT / 'tests/preloaded.py'],
+                env={'OMP_NUM_THREADS': '2', **os.environ},
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            if process.stdout.readline() == 'ready\n':
+                return process
+            print(f'preloaded.py ended with {process.wait()} before it was ready')
+        raise RuntimeError('preloaded.py does not start')
 
     def _run(argv, cwd, environ):
+        nonlocal process
+        if process is None or process.poll() is not None:
+            process = start()
         out.write_text('')
         job = dict(argv=argv, cwd=str(cwd), environ=environ, out=str(out))
         print(json.dumps(job), file=process.stdin, flush=True)
-        return int(process.stdout.readline()), out.read_text()
+        code = process.stdout.readline()
+        assert code, f'preloaded.py ended with {process.wait()} while it ran {argv}'
+        return int(code), out.read_text()
 
-    with process:
-        yield _run
+    yield _run
+    if process is not None:
         process.terminate()  # forked processes may hold its input open
+        process.wait()
 
 
 @pytest.fixture(scope='session')

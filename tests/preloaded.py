@@ -1,9 +1,10 @@
 """Runs Python scripts in forks of this process, which has imported what they all import.
 
-It reads a line of JSON for each script: `argv`, `cwd`, `environ`, and `out`, the file
-for what the script prints; and answers with its exit code. Apart from its quick start,
-and that no text is formatted twice, a script runs as by `python script.py`. Nothing of
-this project is imported here, nor of the toolboxes: that is left to the script.
+It prints `ready`, then reads a line of JSON for each script: `argv`, `cwd`, `environ`,
+and `out`, the file for what the script prints; and answers with its exit code. Apart
+from its quick start, and that no text is formatted twice, a script runs as by
+`python script.py`. Nothing of this project is imported here, nor of the toolboxes: that
+is left to the script.
 """
 
 import contextlib
@@ -53,6 +54,7 @@ def run(job: dict) -> None:
     runpy.run_path(sys.argv[0], run_name='__main__')
 
 
+print('ready', flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
