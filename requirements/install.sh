@@ -64,7 +64,10 @@ MMCV_WITH_OPS=1 pip install --verbose --no-build-isolation \
 
 pip install --quiet --requirement "$pins" --requirement "$here/tests.txt"
 case $stack in
-    onedl) pip install --quiet --no-deps --no-build-isolation --requirement "$here/mmrotate.txt" ;;
+    onedl)
+        pip install --quiet --no-deps --no-build-isolation --requirement "$here/mmrotate.txt"
+        pip install --quiet --constraint "$pins" --requirement "$here/mim.txt"
+        ;;
     openmmlab) pip install --quiet --no-deps --requirement "$here/mmdeploy.txt" ;;
 esac
 pip install --quiet --no-build-isolation --no-deps --editable "$here/.."
