@@ -123,8 +123,10 @@ def plot(samples: list[dict[str, float]], warm_up: float, path: Path) -> None:
         'open files of a process',
     )
     for axis, column, title in zip(axes, GROWING, titles):
-        axis.plot(minutes, [sample[column] for sample in samples], linewidth=1)
-        axis.set_ylim(bottom=0)
+        values = [sample[column] for sample in samples]
+        axis.plot(minutes, values, linewidth=1)
+        highest = max(1, *values)
+        axis.set_ylim(-0.05 * highest, 1.15 * highest)  # a flat line stays off the frame
         axis.set_title(title)
         axis.axvspan(0, warm_up * minutes[-1], color='0.92')
         for before, after in itertools.pairwise(samples):
