@@ -4,6 +4,7 @@
 # make soak      their long forms: hours
 # make gpu       check it all on a GPU, in minutes; PYTHON=python3 for an environment of one's own
 # make lint      what CI checks before the tests
+# make release   build what is uploaded, and try it; uploads nothing
 # make setup     only the virtual environment that these need
 #
 # STACK=onedl (default), openmmlab, newest   which release line of OpenMMLab
@@ -20,12 +21,13 @@ endif
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready-$(STACK)
 
-.PHONY: demo test soak gpu lint setup
+.PHONY: demo test soak gpu lint release setup
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
 
-$(READY): requirements/$(STACK).txt requirements/tests.txt requirements/install.sh setup.py
+$(READY): requirements/$(STACK).txt requirements/tests.txt requirements/install.sh setup.py \
+		lska_mm/__init__.py
 	@bash requirements/install.sh $(STACK) $(VENV)
 	@touch $@
 
@@ -48,3 +50,6 @@ lint: $(READY)
 	@PATH="$(BIN):$$PATH" ruff check .
 	@PATH="$(BIN):$$PATH" ruff format --check .
 	@PATH="$(BIN):$$PATH" mypy
+
+release: $(READY)
+	@PATH="$(BIN):$$PATH" bash .dev_scripts/release.sh

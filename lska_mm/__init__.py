@@ -20,7 +20,7 @@ from .models.lska_van import LSKAVAN
 from .weights.loader import load_from_http, load_from_local
 from .weights.pretrained import ResizedPretrained
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = [
     'LSKA',
     'LSKAVAN',
