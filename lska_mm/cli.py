@@ -86,10 +86,18 @@ png, pth = ending('.png'), ending('.pth')
 
 def size(text: str) -> tuple[int, int]:
     """Convert an argument HEIGHTxWIDTH."""
-    match = re.fullmatch(r'(\d+)x(\d+)', text)
+    match = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', text)
     if match is None:
         raise argparse.ArgumentTypeError(f'{text!r} is not HEIGHTxWIDTH, as 224x224')
     return int(match[1]), int(match[2])
+
+
+def square(text: str) -> int:
+    """Convert an argument HEIGHTxWIDTH whose two numbers are the same."""
+    height, width = size(text)
+    if height != width:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a square, as 224x224')
+    return height
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -193,18 +201,29 @@ def load_model(
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
     model.eval()
-    load_file(model, checkpoint)
+    print(f'loaded {load_file(model, checkpoint)}')
     return cfg, model
 
 
-def load_file(model: nn.Module, checkpoint: str) -> None:
-    """Load a checkpoint into a model, none of which may stay random."""
+def load_file(model: nn.Module, checkpoint: str) -> str:
+    """Load a checkpoint into a model, none of which may stay random.
+
+    Returns:
+        What was loaded, in words: the file's name, and whether its weights are
+        averaged; MMEngine's EMAHook puts the averaged ones where others have the last.
+    """
     content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
     load_whole(model, get_state_dict(content), checkpoint)
+    averaged = ', averaged weights (EMA)' if 'ema_state_dict' in content else ''
+    return f'{Path(checkpoint).name}{averaged}'
 
 
-def load_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
-    """Return the backbone of a config, in evaluation mode; random without a checkpoint.
+def load_backbone(cfg: Config, checkpoint: str | None = None) -> tuple[nn.Module, str]:
+    """Load the backbone of a config from a checkpoint of any model that has the same one.
+
+    Returns:
+        The backbone, in evaluation mode, random without a checkpoint; and what its
+        weights are, in words.
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's backbone.
@@ -216,10 +235,11 @@ def load_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
     backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
     if checkpoint is None:
         init_quietly(backbone)
+        weights = 'random weights'
     else:
-        load_file(nn.ModuleDict(dict(backbone=backbone)), checkpoint)
+        weights = f'backbone of {load_file(nn.ModuleDict(dict(backbone=backbone)), checkpoint)}'
     backbone.eval()  # those of mmpretrain return nothing
-    return backbone
+    return backbone, weights
 
 
 def init_quietly(module: Any) -> None:

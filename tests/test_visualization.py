@@ -1,18 +1,22 @@
 """What the pictures show, against closed forms; and how they are made."""
 
 import math
+from types import SimpleNamespace
 
 import mmcv
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from torch import nn
 
 from conftest import ROOT, SMALL, load_tool, small
-from lska_mm import LSKA
+from lska_mm import LSKA, cli
 from lska_mm.models.lska import ATTENTIONS
 
 erf = load_tool('tools/visualization/erf.py')
 attention = load_tool('tools/visualization/attention.py')
+imagenet_c = load_tool('tools/analysis_tools/imagenet_c.py')
 
 CONFIG = f"""
 default_scope = 'mmpretrain'
@@ -50,8 +54,60 @@ def main(monkeypatch, capsys):
     return _main
 
 
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure that was drawn last, as a function."""
+    close = erf.plt.close
+    monkeypatch.setattr(erf.plt, 'close', lambda figure: None)
+    yield erf.plt.gcf
+    close('all')
+
+
 def is_picture(path):
     return min(mmcv.imread(str(path)).shape[:2]) > 200
+
+
+# --- Weights -----------------------------------------------------------------------
+
+
+def test_averaged_weights_are_taken_and_named(files):
+    """Those that MMEngine's hook averaged."""
+    model = nn.ModuleDict(dict(backbone=small()))
+    hook, runner = EMAHook(momentum=0.5), SimpleNamespace(model=model, iter=0)
+    hook.before_run(runner)
+    for _ in range(2):  # the first one copies
+        hook.after_train_iter(runner, 0)
+        nn.init.constant_(model.backbone.norm1.bias, 8)
+    checkpoint = dict(state_dict=model.state_dict())
+    hook.before_save_checkpoint(runner, checkpoint)
+    torch.save(checkpoint, files / 'ema.pth')
+    config = Config.fromfile(files / 'small_k11.py')
+    backbone, weights = cli.load_backbone(config, str(files / 'ema.pth'))
+    assert weights == 'backbone of ema.pth, averaged weights (EMA)'
+    assert (backbone.norm1.bias == 4).all()  # between 0 and 8
+
+
+@pytest.mark.parametrize('tool', [attention, erf])
+def test_the_backbone_of_another_model_is_named(main, files, figure, tool):
+    """In the table and in the title."""
+    content = torch.load(files / 'small.pth')
+    content['state_dict']['rpn_head.rpn_conv.weight'] = torch.zeros(1)
+    torch.save(content, files / 'detector.pth')
+    config, image, out = files / 'small_k11.py', files / 'images/a/1.png', files / 'out.png'
+    words = [config, files / 'detector.pth']
+    if tool is attention:
+        pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+        data = f'test_dataloader = dict(dataset=dict(pipeline={pipeline}))\n'
+        config.write_text(config.read_text() + data)
+        words.append(image)
+    else:
+        words = ['--model', *words, '--images', image.parent, '--size', '32x32']
+    code, printed = main(tool, *words, '--out', out)
+    assert code == 0, printed
+    assert 'backbone of detector.pth' in printed
+    title = figure().get_suptitle() or figure().axes[0].get_title()
+    assert 'small_k11' in title
+    assert 'backbone of detector.pth' in title
 
 
 # --- Effective receptive field -----------------------------------------------------
@@ -110,7 +166,7 @@ def test_a_field_of_nothing_has_no_squares():
         erf.contribution_squares(torch.zeros(4, 4))
 
 
-def test_centre_of_the_map_must_be_the_centre_of_the_image():
+def test_center_of_the_map_must_be_the_center_of_the_image():
     with pytest.raises(ValueError, match=r'24 pixels has 3 points.* Take a multiple of 16'):
         erf.effective_receptive_field(small().eval(), torch.rand(1, 3, 24, 24))
 
@@ -133,11 +189,11 @@ def test_erf_of_several_models(main, files):
     config = files / 'small_k11.py'
     code, printed = main(
         erf, '--model', config, files / 'small.pth', '--model', files / 'resnet.py',
-        '--images', files / 'images', '--size', 64, '--out', out,
+        '--images', files / 'images', '--size', '64x64', '--out', out,
     )  # fmt: skip
     assert code == 0, printed
     assert '2 images of' in printed
-    assert '| small_k11 | 11 | small.pth |' in printed
+    assert '| small_k11 | 11 | backbone of small.pth |' in printed
     assert '| resnet |  | random weights |' in printed
     assert is_picture(out)
 
@@ -146,13 +202,13 @@ def test_erf_of_several_models(main, files):
     square, _, _ = erf.contribution_squares(  # the weights of the checkpoint, not others
         erf.effective_receptive_field(small().eval(), images / 127.5 - 1)
     )
-    assert f'| small.pth | {square.side} ({square.area:.1%}) |' in printed
+    assert f'| backbone of small.pth | {square.side} ({square.area:.1%}) |' in printed
 
 
 def test_erf_of_several_kernel_sizes(main, files):
     code, printed = main(
         erf, '--model', files / 'small_k11.py', '--kernel-sizes', 7, 11, '--num-images', 1,
-        '--images', files / 'images', '--size', 32, '--out', files / 'erf.png',
+        '--images', files / 'images', '--size', '32x32', '--out', files / 'erf.png',
         '--cfg-options', 'model.backbone.attention=LKA',
     )  # fmt: skip
     assert code == 0, printed
@@ -167,13 +223,13 @@ def test_erf_of_several_kernel_sizes(main, files):
         (['--images', 'nowhere'], 'erf.py: No folder nowhere; --images is a folder of images.'),
         (['--images', str(ROOT / 'lska_mm')], 'erf.py: No image (.jpg'),
         (['--cfg-options', 'model.backbone.kernel_size=7'], 'kernel_size=11'),
-        (['--size', '24'], 'erf.py: The last map of 24 pixels has 3 points'),
+        (['--size', '24x24'], 'erf.py: The last map of 24 pixels has 3 points'),
     ],
 )
 def test_erf_says_what_is_wrong(main, files, options, message):
     code, printed = main(
         erf, '--model', files / 'small_k11.py', files / 'small.pth',
-        '--images', files / 'images', '--size', 32, '--out', files / 'erf.png', *options,
+        '--images', files / 'images', '--size', '32x32', '--out', files / 'erf.png', *options,
     )  # fmt: skip
     assert code == 1
     assert message in printed
@@ -183,11 +239,47 @@ def test_erf_says_what_is_wrong(main, files, options, message):
 def test_kernel_sizes_are_for_lska(main, files):
     code, printed = main(
         erf, '--model', files / 'resnet.py', '--kernel-sizes', 7, 11,
-        '--images', files / 'images', '--size', 32, '--out', files / 'erf.png',
+        '--images', files / 'images', '--size', '32x32', '--out', files / 'erf.png',
     )  # fmt: skip
     assert code == 1
-    assert '--kernel-sizes is for the backbone LSKAVAN' in printed
-    assert 'has ResNet.' in printed
+    assert f'--kernel-sizes is for LSKAVAN, {files / "resnet.py"} has none.' in printed
+
+
+@pytest.mark.parametrize(
+    ('size', 'message'),
+    [('64', "'64' is not HEIGHTxWIDTH"), ('0x0', 'not HEIGHTxWIDTH'), ('64x32', 'not a square')],
+)
+def test_size_is_of_a_square(main, capsys, size, message):
+    with pytest.raises(SystemExit, match='2'):
+        main(erf, '--model', 'a.py', '--images', 'b', '--out', 'c.png', '--size', size)
+    assert message in capsys.readouterr().err
+
+
+def test_kernel_sizes_of_the_gates_of_any_backbone():
+    from mmdet.models import ResNet
+
+    plugin = dict(cfg=dict(type='LSKA', kernel_size=23), position='after_conv2')
+    assert erf.kernel_sizes(ResNet(50, base_channels=4, plugins=[plugin])) == '23'
+    assert erf.kernel_sizes(ResNet(50, base_channels=4)) == ''
+    assert erf.kernel_sizes(small(kernel_size=[23, 7])) == '23, 7'
+
+
+@pytest.mark.parametrize('side', [5, 31])
+def test_a_narrow_field_is_drawn_enlarged_too(side, figure, tmp_path):
+    field = torch.zeros(64, 64)
+    start = 32 - side // 2
+    field[start : start + side, start : start + side] = 1
+    squares = erf.contribution_squares(field)
+    erf.plot([erf.Field('net', '7', 'random weights', field, squares)], tmp_path / 'erf.png')
+    panel = figure().axes[0]
+    assert panel.get_xlim()[1] > 32  # a margin around the image
+    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert labels == [f'{share:.0%} in {s}' for share, (s, _) in zip(erf.SHARES, squares)]
+    notes = [text.get_text() for text in panel.texts]
+    assert len(panel.child_axes) == len(notes) == (side == 5)
+    if notes:
+        assert 'narrow' in notes[0]
+        assert side <= 2 * panel.child_axes[0].get_xlim()[1] < 2 * side
 
 
 @pytest.mark.parametrize('out', ['folder', 'erf.jpg'])
@@ -251,9 +343,28 @@ def test_attention_in_three_tasks(main, published_file, tmp_path, config, size):
 
 def test_wide_images_are_drawn_one_above_the_other(tmp_path):
     gates = [attention.GateMap(stage, 0, 7, torch.rand(4, 16)) for stage in (1, 2)]
-    attention.plot(torch.zeros(3, 64, 256), gates, tmp_path / 'wide.png')
+    attention.plot(torch.zeros(3, 64, 256), gates, 'a title', tmp_path / 'wide.png')
     height, width = mmcv.imread(str(tmp_path / 'wide.png')).shape[:2]
     assert 0.5 < height / width < 1.2
+
+
+def test_each_stage_has_its_own_scale(figure, tmp_path):
+    """And the colors of its bar, which nothing is blended into."""
+    factors = [scale * torch.linspace(1, spread, 256).view(16, 16)
+               for scale, spread in ((1, 9), (50, 1.01))]  # fmt: skip
+    gates = [attention.GateMap(i, 0, 7, factor) for i, factor in enumerate(factors)]
+    attention.plot(torch.zeros(3, 64, 64), gates, 'a title', tmp_path / 'out.png')
+    assert figure().get_suptitle() == 'a title'
+    image, *panels = figure().axes
+    assert not image.images[0].colorbar
+    for factor, panel in zip(factors, panels):
+        (drawn,) = panel.images
+        relative = factor / factor.mean()
+        assert torch.equal(torch.as_tensor(drawn.get_array()), relative)
+        assert drawn.get_alpha() is None
+        assert drawn.norm.vmin == pytest.approx(relative.min(), rel=0.05)
+        assert drawn.norm.vmax == pytest.approx(relative.max(), rel=0.05)
+        assert drawn.colorbar is not None
 
 
 def test_what_is_no_image_is_named(main, published_file, tmp_path):
@@ -273,3 +384,15 @@ def test_only_lska_van_has_gates(main, files):
     code, printed = main(attention, *words)
     assert code == 1
     assert 'attention.py: The backbone is ResNet; drawn are gates of LSKAVAN.' in printed
+
+
+# --- Robustness --------------------------------------------------------------------
+
+
+def test_every_corruption_looks_different(figure, tmp_path):
+    top1 = {name: dict.fromkeys('12345', 50.0) for name in imagenet_c.ALEXNET}
+    imagenet_c.plot(top1, 'config, checkpoint', tmp_path / 'out.png')
+    (axis,) = figure().axes
+    assert axis.get_title() == 'config, checkpoint'
+    looks = {(line.get_color(), line.get_marker()) for line in axis.lines}
+    assert len(looks) == len(axis.lines) == 19

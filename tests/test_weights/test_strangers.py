@@ -160,7 +160,7 @@ TOOLS = {
     ],
     'visualization/erf.py': lambda path: [
         ['--model', SEGMENTOR, path, '--images', ROOT / 'demo/nuclei', '--out', 'out/new.png',
-         '--num-images', '1', '--size', '64']
+         '--num-images', '1', '--size', '64x64']
     ],
     'analysis_tools/imagenet_c.py': lambda path: [
         [CLASSIFIER, path, folders(path.parent), '--work-dir', 'work']

@@ -15,6 +15,7 @@ with the four extra ones, it is what the LSKA paper's script computes.
 import hashlib
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -101,7 +102,7 @@ def test_folder(runner, cfg: Config, folder: Path) -> float:
 
 
 def make_table(accuracies: Accuracies) -> str:
-    """Markdown: a row a corruption, and both means."""
+    """Markdown: a row for each corruption, and both means."""
     head = ['corruption', *(f'top-1, {severity}' for severity in SEVERITIES), 'top-1', 'CE']
     rows = [head]
     for name, by_severity in accuracies.items():
@@ -117,17 +118,20 @@ def make_table(accuracies: Accuracies) -> str:
     return table + '\n'
 
 
-def plot(accuracies: Accuracies, path: Path) -> None:
-    """Top-1 against severity, a line a corruption."""
+def plot(accuracies: Accuracies, title: str, path: Path) -> None:
+    """Top-1 against severity, a line for each corruption, which looks the same in every plot."""
     figure, axis = plt.subplots(figsize=(9, 6), layout='constrained')
-    colours = plt.get_cmap('tab20')
-    for i, (name, by_severity) in enumerate(accuracies.items()):
+    for name, by_severity in accuracies.items():
+        i = list(ALEXNET).index(name)  # ten colors, seven markers: no two lines share both
         severities = [int(severity) for severity in by_severity]
-        style = '--' if name in EXTRA else '-'
-        axis.plot(severities, by_severity.values(), style, color=colours(i % 20), label=name)
-    axis.set(xticks=list(SEVERITIES), xlabel='severity', ylabel='top-1 (%)', ylim=(0, 102))
+        style = dict(
+            color=f'C{i % 10}', marker='osD^vPX'[i % 7], ls='--' if name in EXTRA else '-'
+        )
+        axis.plot(severities, list(by_severity.values()), label=name, **style)
+    axis.set_title(textwrap.fill(title, 80), fontsize=11)
+    axis.set(xticks=list(SEVERITIES), xlabel='severity', ylabel='top-1 (%)', ylim=(-2, 102))
     axis.grid(alpha=0.3)
-    figure.legend(loc='outside right upper', fontsize='small')
+    figure.legend(loc='outside right upper', fontsize='small', title='dashed: extra ones')
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -149,9 +153,10 @@ def main() -> None:
     runner.register_hook(CheckWeightsHook())
     runner.call_hook('before_run')
     runner.load_or_resume()
-    for corruption, severity in folders:
+    for i, (corruption, severity) in enumerate(folders, start=1):
         done = results['top1'].setdefault(corruption, {})
         if severity not in done:
+            print(f'{i} of {len(folders)}: {corruption} {severity} ...', flush=True)
             done[severity] = test_folder(runner, cfg, args.root / corruption / severity)
             with written_beside(out / 'imagenet_c.json') as part:  # it may be interrupted
                 part.write_text(json.dumps(results, indent=1))
@@ -159,7 +164,8 @@ def main() -> None:
 
     table = make_table(results['top1'])
     (out / 'imagenet_c.md').write_text(table)
-    plot(results['top1'], out / 'imagenet_c.png')
+    title = f'{Path(args.config).stem}, {Path(args.checkpoint).name}'
+    plot(results['top1'], title, out / 'imagenet_c.png')
     print(f'\n{table}\nwritten to {out}/imagenet_c.{{json,md,png}}')
 
 

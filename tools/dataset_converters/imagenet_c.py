@@ -1,6 +1,6 @@
 """Corrupt a folder of classes, as ImageNet-C corrupts ImageNet.
 
-    python tools/dataset_converters/imagenet_c.py SRC --out OUT --size 224
+    python tools/dataset_converters/imagenet_c.py SRC --out OUT --size 224x224
 
 reads SRC/class/image and writes OUT/corruption/severity/class/image for the 15
 standard corruptions, the 4 extra ones and 5 severities (Hendrycks and Dietterich,
@@ -18,7 +18,7 @@ import numpy as np
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
-from lska_mm.cli import make_parser, read_image, report_errors
+from lska_mm.cli import make_parser, read_image, report_errors, square
 
 SEVERITIES = range(1, 6)
 MIN_SIZE = 32  # of imagecorruptions
@@ -56,7 +56,7 @@ def find_images(source: Path, per_class: int | None) -> list[Path]:
 
 
 def read_square(path: Path, size: int) -> np.ndarray:
-    """The centre of an image whose short side becomes ``size``: (size, size, 3), RGB.
+    """The center of an image whose short side becomes ``size``: (size, size, 3), RGB.
 
     Raises:
         OSError: If it is not an image.
@@ -96,13 +96,14 @@ def main() -> None:
     parser.add_argument('source', type=Path, help='folder of classes')
     parser.add_argument('--out', type=Path, required=True, help='output folder')
     parser.add_argument(
-        '--size', type=int, default=224, help='side of the images, cut from the centre'
-    )
+        '--size', type=square, default='224x224', metavar='HEIGHTxWIDTH',
+        help='of the images: a square, cut from the center',
+    )  # fmt: skip
     parser.add_argument('--per-class', type=int, help='take only so many images of a class')
     parser.add_argument('--corruptions', nargs='+', help='take only these; all 19 by default')
     args = parser.parse_args()
     if args.size < MIN_SIZE:
-        parser.error(f'--size must be {MIN_SIZE} or more, got {args.size}')
+        parser.error(f'--size must be {MIN_SIZE}x{MIN_SIZE} or more')
     convert(args)
 
 

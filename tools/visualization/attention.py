@@ -3,18 +3,21 @@
     python tools/visualization/attention.py CONFIG CHECKPOINT IMAGE --out FILE.png [--block 0]
 
 A gate multiplies each pixel of each channel by a factor that it computes from a
-neighbourhood of kernel_size x kernel_size. Drawn is the factor's absolute value,
+neighborhood of kernel_size x kernel_size. Drawn is the factor's absolute value,
 averaged over the channels, relative to its mean over the image: 1 is the average,
-2 is amplified twice as much. A panel a stage, all on one scale, of the last block
-or of the one that --block names. Printed is what the picture leaves out: the size
-of the maps, and the absolute factors.
+2 is amplified twice as much. There is a panel for each stage, of its last block or
+of the one that --block names, with its own scale: compare the numbers, not the
+colors, of two panels. Printed is what the picture leaves out: the size of the maps,
+and the absolute factors.
 
 The config may be a detector's, a segmentor's or a classifier's with the backbone
-LSKAVAN; the image goes through its test pipeline.
+LSKAVAN; the image goes through its test pipeline. The checkpoint may be of any
+model with the same backbone.
 """
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +28,6 @@ from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from lska_mm import LSKA, LSKAVAN
 from lska_mm.cli import (
@@ -43,6 +45,7 @@ from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 class GateMap(NamedTuple):
@@ -108,7 +111,7 @@ def preprocess(cfg: Config, path: Path) -> Tensor:
 
 
 def make_table(maps: list[GateMap]) -> str:
-    """Markdown: a row a gate, with the absolute factors."""
+    """Markdown: a row for each gate, with the absolute factors."""
     head = ['stage', 'block', 'kernel size', 'map', 'mean factor', 'lowest', 'highest']
     rows = [head]
     for stage, block, size, factor in maps:
@@ -118,65 +121,61 @@ def make_table(maps: list[GateMap]) -> str:
     return markdown(rows)
 
 
-def plot(image: Tensor, maps: list[GateMap], path: Path) -> None:
-    """The image (3, H, W) in BGR, and a panel a gate over it, on a common scale."""
+def plot(image: Tensor, maps: list[GateMap], title: str, path: Path) -> None:
+    """The image (3, H, W) in BGR, and a panel for each gate with its own color bar."""
     picture = image.flip(0).permute(1, 2, 0).numpy().astype(np.uint8)
     height, width = picture.shape[:2]
-    grey = picture.mean(2) / 255
-    relative = [gate.factor / gate.factor.mean() for gate in maps]
-    highest = max(2.0, float(np.quantile(torch.cat([r.flatten() for r in relative]), 0.995)))
-    panels, ratio = len(maps) + 1, max(width / height, 0.6)
-    columns = panels if ratio < 2 else 1  # a wide image above the next
-    rows, side = panels // columns, 3.0 if ratio < 2 else 9.0 / ratio
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(side * ratio * columns + 0.9, (side + 0.3) * rows + 0.3),
-        layout='constrained',
-    )
+    panels, ratio = len(maps) + 1, max(width / height, 0.35)
+    # Beside each other; those of a wide image one above the other.
+    rows, columns, side = (1, panels, 2.6) if ratio < 2 else (panels, 1, 9.0 / ratio)
+    figsize = ((side * ratio + 0.8) * columns, (side + 0.4) * rows + 0.7)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=figsize, layout='compressed')
+    figure.suptitle(textwrap.fill(title, int(12 * figsize[0])), fontsize=10)
     axes[0].imshow(picture)
     axes[0].set_title('image', fontsize=9)
-    for axis, gate, factor in zip(axes[1:], maps, relative):
-        # Enlarged here, so that map and image cover the same pixels.
-        shown = F.interpolate(factor[None, None], (height, width), mode='bilinear')[0, 0]
-        axis.imshow(grey, cmap='gray', vmin=0, vmax=1)
-        drawn = axis.imshow(shown.numpy(), cmap='inferno', vmin=0, vmax=highest, alpha=0.65)
-        axis.set_title(
-            f'stage {gate.stage}, block {gate.block}, kernel {gate.kernel_size}', fontsize=9
+    for axis, gate in zip(axes[1:], maps):
+        relative = (gate.factor / gate.factor.mean()).numpy()
+        low, high = np.quantile(relative, (0.005, 0.995))
+        drawn = axis.imshow(
+            relative, cmap='viridis', vmin=low, vmax=high, extent=(0, width, height, 0)
         )
+        block = f'stage {gate.stage}, block {gate.block}'
+        axis.set_title(f'{block}\nkernel {gate.kernel_size}', fontsize=9)
+        bar = figure.colorbar(drawn, ax=axis, extend='both', extendfrac=0.03, pad=0.02)
+        bar.locator = MaxNLocator(5)
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label('factor / its mean', fontsize=8)
     for axis in axes:
         axis.axis('off')
-    bar = figure.colorbar(drawn, ax=axes, extend='max', shrink=0.85, pad=0.01)
-    bar.set_label('factor / its mean', fontsize=9)
-    bar.solids.set_alpha(1)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(figure)
 
 
-def draw(args: argparse.Namespace) -> list[GateMap]:
-    """Compute the maps and write the picture.
+def draw(args: argparse.Namespace) -> str:
+    """Write the picture; return its title and the table.
 
     Raises:
         CheckpointError, OSError, ValueError: Say what is wrong.
     """
     cfg = read_config(args.config)
     cfg.merge_from_dict(args.cfg_options)
-    backbone = load_backbone(cfg, args.checkpoint)
+    backbone, weights = load_backbone(cfg, args.checkpoint)
     if not isinstance(backbone, LSKAVAN):
         raise ValueError(f'The backbone is {type(backbone).__name__}; drawn are gates of LSKAVAN.')
     image = preprocess(cfg, args.image)
     maps = gate_maps(backbone.to(args.device), normalize(image[None], cfg).to(args.device),
                      args.block)  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(image, maps, args.out)
-    return maps
+    title = f'{Path(args.config).stem}, {weights}'
+    plot(image, maps, title, args.out)
+    return f'{title}\n\n{make_table(maps)}'
 
 
 @report_errors(CheckpointError, OSError, ValueError)
 def main() -> None:
     parser = make_parser('Draw what the gates look at')
     parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
-    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('checkpoint', help='checkpoint with its backbone')
     parser.add_argument('image', type=Path, help='an image')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     parser.add_argument('--block', type=int, default=-1,
@@ -184,8 +183,7 @@ def main() -> None:
     parser.add_argument('--device', default='cpu')
     add_cfg_options(parser)
     args = parser.parse_args()
-    maps = draw(args)
-    print(f'{make_table(maps)}\nwritten to {args.out}')
+    print(f'{draw(args)}\nwritten to {args.out}')
 
 
 if __name__ == '__main__':

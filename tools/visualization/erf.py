@@ -1,22 +1,22 @@
 """Draw the effective receptive fields of backbones, and measure them.
 
-    python tools/visualization/erf.py --model CONFIG CHECKPOINT --model CONFIG CHECKPOINT
-        --images DIR --out erf.png
-    python tools/visualization/erf.py --model CONFIG --kernel-sizes 7 23 53
-        --images DIR --out erf.png
+    python tools/visualization/erf.py --images DIR --out erf.png
+        --model CONFIG [CHECKPOINT] [--model CONFIG [CHECKPOINT] ... | --kernel-sizes 7 23 53]
 
-The field is what the pixels of an image contribute to the centre of the last
+The field is what the pixels of an image contribute to the center of the last
 map: the gradient of its positive values, summed over channels, with respect to
 the image; negative gradients count as zero, the image's channels are summed, and
 images are averaged. This is the protocol of RepLKNet (arXiv:2203.06717). Without
 it, that is with all values instead of the positive ones, a LayerNorm at the end
 would leave nothing: its channels sum to a constant.
 
-Any config with a backbone that returns maps will do, of any toolbox. Without a
-checkpoint the weights are random, and the picture says so. A panel a model, all
-on one scale: the contribution relative to the largest one, logarithmic. The
-squares are the smallest around the centre that hold 20, 50 and 99 % of it; their
-sides, and their shares of the image's area, are printed as a Markdown table.
+Any config with a backbone that returns maps will do, of any toolbox, and the
+checkpoint of any model with the same backbone. Without one the weights are random,
+and the picture says so. There is a panel for each model, all on one scale: the
+contribution relative to the largest one, logarithmic. The squares are the smallest
+around the center that hold 20, 50 and 99 % of it; their sides, and their shares of
+the image's area, are printed as a Markdown table. Where even the largest is small,
+the middle is also drawn enlarged.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import mmcv
@@ -33,26 +33,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lska_mm.cli import (
-    add_cfg_options,
-    load_backbone,
-    make_parser,
-    markdown,
-    normalize,
-    png,
-    read_config,
-    read_image,
-    report_errors,
-)
+from lska_mm import LSKA, cli
 from lska_mm.weights.names import CheckpointError
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 SHARES = (0.2, 0.5, 0.99)
-COLOURS = ('#ffffff', '#00e5ff', '#7cff4f')  # of the squares
+COLORS = ('#ffffff', '#00e5ff', '#7cff4f')  # of the squares
+NARROW = 0.2  # of the image's side; a field within that is also drawn enlarged
 FLOOR = 1e-4  # of the largest contribution; less is drawn alike
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -61,7 +53,7 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def effective_receptive_field(backbone: nn.Module, images: Sequence[Tensor] | Tensor) -> Tensor:
-    """What each pixel contributes to the centre of the backbone's last map.
+    """What each pixel contributes to the center of the backbone's last map.
 
     Args:
         backbone: Returns a map (B, C', H', W') or several, the last one last;
@@ -72,8 +64,8 @@ def effective_receptive_field(backbone: nn.Module, images: Sequence[Tensor] | Te
         Contributions (H, W), none negative, averaged over the images.
 
     Raises:
-        ValueError: If what the backbone returns is no map, or the centre of the map
-            does not lie over the centre of the image.
+        ValueError: If what the backbone returns is no map, or the center of the map
+            does not lie over the center of the image.
     """
     total = torch.zeros(images[0].shape[1:], dtype=torch.float64)
     for image in images:
@@ -87,14 +79,14 @@ def effective_receptive_field(backbone: nn.Module, images: Sequence[Tensor] | Te
                     f'The {type(backbone).__name__} returns {tuple(last.shape)}, which is no map '
                     '(B, C, H, W).'
                 )
-            _check_centre(image.shape[2:], last.shape[2:])
-            centre = last[0, :, last.shape[2] // 2, last.shape[3] // 2].relu().sum()
-            (gradient,) = torch.autograd.grad(centre, image)
+            _check_center(image.shape[2:], last.shape[2:])
+            center = last[0, :, last.shape[2] // 2, last.shape[3] // 2].relu().sum()
+            (gradient,) = torch.autograd.grad(center, image)
         total += gradient[0].relu().sum(0).cpu().double()
     return total / len(images)
 
 
-def _check_centre(image: torch.Size, last: torch.Size) -> None:
+def _check_center(image: torch.Size, last: torch.Size) -> None:
     """Whether point (H' // 2, W' // 2) of the map is over pixel (H // 2, W // 2)."""
     for size, cells in zip(image, last):
         stride = _stride(size, cells)
@@ -114,14 +106,14 @@ def _stride(size: int, cells: int) -> int:
 
 
 class Square(NamedTuple):
-    """A square around the centre: its side in pixels, and its share of the image's area."""
+    """A square around the center: its side in pixels, and its share of the image's area."""
 
     side: int
     area: float
 
 
 def contribution_squares(erf: Tensor, shares: Sequence[float] = SHARES) -> list[Square]:
-    """The smallest centred squares that hold ``shares`` of the contributions (H, W).
+    """The smallest centered squares that hold ``shares`` of the contributions (H, W).
 
     Their sides are odd, around pixel (H // 2, W // 2), unless the image ends before.
 
@@ -134,7 +126,7 @@ def contribution_squares(erf: Tensor, shares: Sequence[float] = SHARES) -> list[
     held = torch.bincount(distance.flatten(), weights=erf.double().flatten()).cumsum(0)
     if not held[-1] > 0:
         raise ValueError(
-            f'What the pixels contribute to the centre of the last map sums to {held[-1]:.0f}: '
+            f'What the pixels contribute to the center of the last map sums to {held[-1]:.0f}: '
             'there are no shares of that.'
         )
     # Less a rounding error, so that a share of 1 is found where it is reached.
@@ -165,12 +157,8 @@ def find_images(folder: Path, number: int) -> list[Path]:
 
 
 def read_square(path: Path, side: int) -> np.ndarray:
-    """The central square of an image, resized: (3, side, side) in BGR.
-
-    Raises:
-        OSError: If it is not an image.
-    """
-    image = read_image(path)
+    """The central square of an image, resized: (3, side, side) in BGR."""
+    image = cli.read_image(path)
     height, width = image.shape[:2]
     length = min(height, width)
     top, left = (height - length) // 2, (width - length) // 2
@@ -185,125 +173,119 @@ class Field(NamedTuple):
     """A row of the table and a panel of the picture."""
 
     name: str
-    kernel_size: Any
+    kernel_size: str
     weights: str
     erf: Tensor
     squares: list[Square]
 
 
+def kernel_sizes(backbone: nn.Module) -> str:
+    """The kernel sizes of the gates in any backbone, the first one first; may be empty."""
+    gates = (module for module in backbone.modules() if isinstance(module, LSKA))
+    return ', '.join(dict.fromkeys(str(gate.kernel_size) for gate in gates))
+
+
 def make_table(fields: list[Field]) -> str:
-    """Markdown: a row a model; sides in pixels, shares of the image's area in brackets."""
-    head = ['model', 'kernel size', 'weights', *(f'{share:.0%} in' for share in SHARES)]
-    rows = [head]
+    """Markdown: a row for each model; sides in pixels, shares of the image's area in brackets."""
+    rows = [['model', 'kernel size', 'weights', *(f'{share:.0%} in' for share in SHARES)]]
     for field in fields:
         cells = [f'{side} ({area:.1%})' for side, area in field.squares]
-        rows.append([field.name, str(field.kernel_size or ''), field.weights, *cells])
-    return markdown(rows)
+        rows.append([field.name, field.kernel_size, field.weights, *cells])
+    return cli.markdown(rows)
+
+
+def draw(axis: plt.Axes, field: Field, reach: float) -> None:
+    """Draw what is less than ``reach`` pixels from the center, and the squares."""
+    height, width = field.erf.shape
+    top, left = -(height // 2) - 0.5, -(width // 2) - 0.5  # the center is (0, 0)
+    relative = (field.erf / field.erf.max()).clamp(min=FLOOR).numpy()
+    extent = (left, left + width, top + height, top)
+    axis.imshow(relative, extent=extent, norm=LogNorm(FLOOR, 1), cmap='inferno')
+    outline = [withStroke(linewidth=3.5, foreground='black')]
+    for (side, _), color, share in zip(field.squares, COLORS, SHARES):
+        square = Rectangle((-side / 2, -side / 2), side, side, fill=False, color=color, lw=1.5)
+        square.set(path_effects=outline, label=f'{share:.0%} in {side}')
+        axis.add_patch(square)
+    axis.set(xlim=(-reach, reach), ylim=(reach, -reach), facecolor='#b0b0b0')
 
 
 def plot(fields: list[Field], path: Path) -> None:
-    """A panel a field, on a common scale, with the squares."""
+    """A panel for each field, on a common scale, with the squares."""
     columns = min(len(fields), 4)
     rows = -(-len(fields) // columns)
-    titles = [textwrap.wrap(field.name, 38) for field in fields]
-    for title, field in zip(titles, fields):
-        kernel = f'kernel {field.kernel_size}, ' if field.kernel_size else ''
-        title.append(f'{kernel}{field.weights}')
-    lines = max(map(len, titles))
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.3 * columns + 1, (3.4 + 0.17 * lines) * rows + 0.6),  # inches
-        layout='constrained',
-        squeeze=False,
-    )
+    size = (3.4 * columns + 1, 4.1 * rows)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout='compressed', squeeze=False)
     for axis in axes.flat[len(fields) :]:
         axis.axis('off')
-    for axis, field, title in zip(axes.flat, fields, titles):
-        height, width = field.erf.shape
-        top, left = -(height // 2) - 0.5, -(width // 2) - 0.5  # the centre is (0, 0)
-        image = axis.imshow(
-            (field.erf / field.erf.max()).clamp(min=FLOOR).numpy(),
-            extent=(left, left + width, top + height, top),
-            norm=LogNorm(FLOOR, 1),
-            cmap='inferno',
-        )
-        for (side, _), colour, share in zip(field.squares, COLOURS, SHARES):
-            radius = side / 2
-            label = f'holds {share:.0%}' if field is fields[0] else None
-            axis.add_patch(
-                Rectangle((-radius, -radius), side, side, fill=False, color=colour, label=label)
-            )
-        axis.set(xlim=(left, left + width), ylim=(top + height, top))
+    for axis, field in zip(axes.flat, fields):
+        half, largest = max(field.erf.shape) / 2, field.squares[-1].side
+        draw(axis, field, 1.07 * half)
+        if largest < NARROW * 2 * half:
+            inset = axis.inset_axes((0.55, 0.55, 0.42, 0.42), xticks=[], yticks=[])
+            draw(inset, field, 0.65 * largest)
+            axis.indicate_inset_zoom(inset, edgecolor='white', alpha=1)
+            inset.spines[:].set_color('white')
+            note = f'narrow: almost nothing from\nbeyond {largest} x {largest} pixels'
+            axis.text(0, 0.8 * half, note, color='white', fontsize=8, ha='center')
+        kernel = f'kernel {field.kernel_size}, ' if field.kernel_size else ''
+        title = [textwrap.fill(text, 42) for text in (field.name, kernel + field.weights)]
         axis.set_title('\n'.join(title), fontsize=9)
+        axis.set_xlabel('pixels from the center', fontsize=8)
         axis.tick_params(labelsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel('pixels from the centre', fontsize=9)
-    figure.colorbar(
-        image, ax=axes, label='contribution / largest', extend='min', shrink=0.8, pad=0.01
-    )
-    figure.legend(
-        loc='outside upper center', ncols=len(SHARES), fontsize=9, facecolor='#303030',
-        labelcolor='white',
-    )  # fmt: skip
-    figure.savefig(path, dpi=110)
+        axis.legend(ncols=3, fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.14),
+                    handlelength=1.2, columnspacing=1, frameon=False)  # fmt: skip
+    bar = figure.colorbar(axes[0, 0].images[0], ax=axes, extend='min', extendfrac=0.03, aspect=30)
+    bar.set_label('contribution / largest')
+    figure.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(figure)
 
 
 def measure(args: argparse.Namespace) -> list[Field]:
-    """A field a model, or a kernel size of the one model.
-
-    Raises:
-        CheckpointError, OSError, ValueError: Say what is wrong.
-    """
+    """A field for each model, or for each kernel size of the one model."""
     paths = find_images(args.images, args.num_images)
     squares = np.stack([read_square(path, args.size) for path in paths])
     print(f'{len(paths)} images of {args.images}, {args.size} x {args.size} pixels')
     fields = []
     for config, *checkpoint in args.model:
         for size in args.kernel_sizes or [None]:
-            cfg = read_config(config)
+            cfg = cli.read_config(config)
             cfg.merge_from_dict(args.cfg_options)
             if size is not None:
-                name = cfg.get('model', {}).get('backbone', {}).get('type')
-                if name != 'LSKAVAN':
-                    raise ValueError(
-                        f'--kernel-sizes is for the backbone LSKAVAN, {config} has {name}.'
-                    )
+                if cfg.get('model', {}).get('backbone', {}).get('type') != 'LSKAVAN':
+                    raise ValueError(f'--kernel-sizes is for LSKAVAN, {config} has none.')
                 cfg.merge_from_dict({'model.backbone.kernel_size': size})
             torch.manual_seed(0)
-            backbone = load_backbone(cfg, checkpoint[0] if checkpoint else None).to(args.device)
-            erf = effective_receptive_field(backbone, normalize(squares, cfg).to(args.device))
-            weights = Path(checkpoint[0]).name if checkpoint else 'random weights'
-            kernel_size = getattr(backbone, 'kernel_size', None)
-            fields.append(
-                Field(Path(config).stem, kernel_size, weights, erf, contribution_squares(erf))
-            )
+            backbone, weights = cli.load_backbone(cfg, *checkpoint)
+            backbone.to(args.device)
+            erf = effective_receptive_field(backbone, cli.normalize(squares, cfg).to(args.device))
+            fields.append(Field(Path(config).stem, kernel_sizes(backbone), weights, erf,
+                                contribution_squares(erf)))  # fmt: skip
     return fields
 
 
-@report_errors(CheckpointError, OSError, RuntimeError, ValueError)
+@cli.report_errors(CheckpointError, OSError, RuntimeError, ValueError)
 def main() -> None:
-    parser = make_parser('Effective receptive fields of backbones')
+    parser = cli.make_parser('Effective receptive fields of backbones')
     parser.add_argument('--model', nargs='+', action='append', required=True,
-                        metavar=('CONFIG', 'CHECKPOINT'), help='once a model; '
+                        metavar=('CONFIG', 'CHECKPOINT'), help='once for each model; '
                         'without a checkpoint from random weights')  # fmt: skip
     parser.add_argument('--kernel-sizes', nargs='+', type=int,
                         help='draw the one config with each, from random weights')  # fmt: skip
     parser.add_argument('--images', type=Path, required=True, help='folder, with its subfolders')
     parser.add_argument('--num-images', type=int, default=50, help='at most')
-    parser.add_argument('--size', type=int, default=256, help='side of the images, in pixels; '
+    parser.add_argument('--size', type=cli.square, default='256x256',
+                        metavar='HEIGHTxWIDTH', help='of the images: a square, whose side is '
                         'a multiple of twice the stride of the last map')  # fmt: skip
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--out', type=png, required=True, help='file to write, .png')
-    add_cfg_options(parser)
+    parser.add_argument('--out', type=cli.png, required=True, help='file to write, .png')
+    cli.add_cfg_options(parser)
     args = parser.parse_args()
     if any(len(model) > 2 for model in args.model):
         parser.error('--model takes a config and a checkpoint; repeat --model for the next one')
     if args.kernel_sizes and (len(args.model) > 1 or len(args.model[0]) > 1):
         parser.error('--kernel-sizes takes one --model, without a checkpoint')
-    if min(args.num_images, args.size) < 1:
-        parser.error('--num-images and --size must be 1 or more')
+    if args.num_images < 1:
+        parser.error('--num-images must be 1 or more')
     fields = measure(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(fields, args.out)
