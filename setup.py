@@ -28,8 +28,9 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['lska_mm*']),
     # Links to the folders beside the package, copied into wheels: `lska_mm.config`
-    # looks there.
+    # looks there. nuclei.py converts what only a clone has, demo/nuclei.
     package_data={'lska_mm': ['.mim/model-index.yml', '.mim/configs/**', '.mim/tools/**']},
+    exclude_package_data={'lska_mm': ['.mim/tools/dataset_converters/nuclei.py']},
     python_requires='>=3.10',
     # torch, mmengine and mmcv are needed but not asked for here: the two stacks
     # call them by different names, and pip would install one beside the other.

@@ -64,7 +64,7 @@ def forward(model: nn.Module, image: torch.Tensor) -> None:
         return
     feats = model.extract_feat(image)
     model.rpn_head(feats)
-    # A cascade has a head a stage, in a list.
+    # A cascade has a list of heads, one for each stage.
     for part, number in (('bbox', PROPOSALS), ('mask', MASKS)):
         heads = getattr(roi_head, f'{part}_head')
         extractors = getattr(roi_head, f'{part}_roi_extractor')
@@ -114,6 +114,7 @@ def make_metafile(task: str) -> dict:
         collection = COLLECTIONS[cfg.model.backbone.type]
         collections[collection['Name']] = dict(collection, Paper=dict(PAPER), README='README.md')
         parameters, multiply_adds = count(cfg, about['size'])
+        print(f'counted: {config.relative_to(ROOT)}', flush=True)
         models.append(
             dict(
                 Name=config.stem,
@@ -127,7 +128,7 @@ def make_metafile(task: str) -> dict:
 
 
 def make_table(task: str, metafile: dict) -> str:
-    """Markdown: a row a config."""
+    """Markdown: a row for each config."""
     about = TASKS[task]
     height, width = about['size']
     head = ['config', 'parameters (M)', f'multiply-adds at {width} x {height} (G)']

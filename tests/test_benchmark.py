@@ -35,10 +35,10 @@ def test_table_json_and_plot(benchmark, tmp_path, train):
 
 
 def test_other_engines_and_several_runs(benchmark, tmp_path):
-    benchmark('--kernel-sizes', 7, '--onnx', '--openvino', '--runs', 2)
+    benchmark('--kernel-sizes', 7, '--onnx', '--openvino', '--precisions', 'int8', '--runs', 2)
     rows = json.loads((tmp_path / 'benchmark.json').read_text())
-    models = ['plain', 'default', 'deployed', 'van', 'onnx-plain', 'onnx-deployed']
-    models += ['openvino-plain', 'openvino-deployed']
+    models = ['plain', 'default', 'deployed', 'van', 'onnx-plain', 'onnx-deployed', 'onnx-int8']
+    models += ['openvino-plain', 'openvino-deployed', 'openvino-int8']
     assert [row['model'] for row in rows] == models
     assert all(row['ratios'][0] <= row['ratio'] <= row['ratios'][1] for row in rows)
     assert ' to ' in (tmp_path / 'benchmark.md').read_text()
@@ -53,6 +53,14 @@ def test_onnx_in_training_is_refused(benchmark):
 def test_a_busy_machine_is_refused(benchmark, tmp_path):
     assert 'of the CPUs are busy' in benchmark('--max-busy', -1, code=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_busy_machine_is_fine_where_the_report_says_so(benchmark, tmp_path):
+    words = ['--max-busy', -1, '--max-spread', 0, '--kernel-sizes', 7, '--busy-is-fine']
+    assert 'With --busy-is-fine: others used ' in benchmark(*words)
+    assert (tmp_path / 'benchmark.md').read_text().startswith('With --busy-is-fine: others used ')
+    rows = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert all(0 <= row['busy'] <= 100 for row in rows)
 
 
 def test_a_wide_spread_is_refused(benchmark, tmp_path):

@@ -133,6 +133,30 @@ def test_deployed_checkpoint_has_the_same_metric(segmentor, run, tmp_path):
     assert 'The file holds LSKAVAN(' in printed
 
 
+def test_engines_keep_the_metric(classifier, run, tmp_path):
+    """That of the exported file is PyTorch's; in 8 bits and in bfloat16 it is within a point."""
+    exported, quantized = tmp_path / 'exported.onnx', tmp_path / 'quantized.onnx'
+    tools, checkpoint = 'tools/deployment', last_checkpoint(classifier)
+    run('python', f'{tools}/export_onnx.py', DIGITS, checkpoint, exported, '--size', '64x64')
+    printed = run('python', f'{tools}/quantize.py', DIGITS, exported, quantized)
+    before, after = map(float, re.search(r'([\d.]+) MiB, now ([\d.]+) MiB', printed).groups())
+    assert after < 0.4 * before
+    metric = float(re.search(r'^top-1 accuracy: ([\d.]+)$', classifier[1], re.MULTILINE)[1])
+    for file, *engine in (
+        (exported, 'onnxruntime'), (exported, 'openvino'), (exported, 'openvino', 'bf16'),
+        (quantized, 'onnxruntime'), (quantized, 'openvino'),
+    ):  # fmt: skip
+        options = [w for pair in zip(('--engine', '--precision'), engine) for w in pair]
+        printed = run('python', f'{tools}/test.py', DIGITS, file, *options, '--work-dir', tmp_path)
+        found = float(re.search(r'accuracy/top1: ([\d.]+)', printed)[1])
+        exact = file == exported and len(engine) == 1
+        assert found == pytest.approx(metric, abs=0.01 if exact else 1)
+    printed = run('python', f'{tools}/quantize.py', DIGITS, quantized, quantized, code=1)
+    assert printed.endswith('is the file to quantize; name another one to write.\n')
+    printed = run('python', f'{tools}/test.py', DIGITS, checkpoint, code=1)
+    assert 'onnxruntime cannot open' in printed
+
+
 def test_every_image_is_painted(segmentor, classifier, run, tmp_path):
     """Into the folder itself, where names repeat from class to class, too; in a readable size."""
     for config, demo, count in ((NUCLEI, segmentor, 1), (DIGITS, classifier, 355)):
@@ -237,14 +261,15 @@ CONVERTER = 'tools/dataset_converters/imagenet_c.py'
 def corrupted(classifier, run, tmp_path_factory):
     """Two kinds of corruption of twenty digits."""
     root = tmp_path_factory.mktemp('imagenet-c')
-    run('python', CONVERTER, 'data/digits/val', '--out', root, '--size', '64', '--per-class', '2',
-        '--corruptions', 'gaussian_noise', 'contrast')  # fmt: skip
+    run('python', CONVERTER, 'data/digits/val', '--out', root, '--size', '64x64',
+        '--per-class', '2', '--corruptions', 'gaussian_noise', 'contrast')  # fmt: skip
     return root
 
 
 def test_all_corruptions_of_an_image_of_ones_own(run, tmp_path):
     mmcv.imwrite(mmcv.imread(str(ROOT / 'demo/nuclei/image.png')), str(tmp_path / 'in/a/b.png'))
-    printed = run('python', CONVERTER, tmp_path / 'in', '--out', tmp_path / 'out', '--size', '48')
+    command = ['python', CONVERTER, tmp_path / 'in', '--out', tmp_path / 'out']
+    printed = run(*command, '--size', '48x48')
     assert printed.count('1 images, 5 severities') == 19
     files = sorted((tmp_path / 'out').glob('*/*/a/b.png'))
     assert len(files) == 19 * 5
@@ -258,7 +283,9 @@ def test_all_corruptions_of_an_image_of_ones_own(run, tmp_path):
     [
         ([], 1, 'No image in'),
         (['--corruptions', 'rain'], 1, 'Unknown corruptions: rain; known: gaussian_noise, shot'),
-        (['--size', '16'], 2, '--size must be 32 or more, got 16'),
+        (['--size', '16x16'], 2, '--size must be 32x32 or more'),
+        (['--size', '64'], 2, "'64' is not HEIGHTxWIDTH, as 224x224"),
+        (['--size', '64x48'], 2, "'64x48' is not a square, as 224x224"),
     ],
 )
 def test_converter_names_what_is_wrong(run, tmp_path, more, code, expected):

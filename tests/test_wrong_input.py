@@ -6,18 +6,49 @@ import sys
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
-from conftest import ROOT
+from conftest import ROOT, published_state
+from lska_mm.weights.convert import read, save_with_hash
 
 DIGITS = ROOT / 'demo/lska-van-tiny_digits.py'
+NUCLEI = ROOT / 'demo/lska-van-tiny_fpn_nuclei.py'
+FIRST = 'patch_embed1.proj.weight'
 IMAGE = ROOT / 'demo/nuclei/image.png'
 
 
+@pytest.fixture(scope='module')
+def weights(published_file, tmp_path_factory):
+    """Good weights, but not for what they are given to."""
+    folder = tmp_path_factory.mktemp('weights')
+
+    def save(name, model):
+        torch.save(dict(state_dict=model.state_dict()), folder / name)
+
+    init_default_scope('mmpretrain')
+    classifier = MODELS.build(Config.fromfile(DIGITS).model).eval()
+    classifier.backbone.switch_to_deploy()
+    save('deployed.pth', classifier)
+    init_default_scope('mmseg')
+    save('segmentor.pth', MODELS.build(Config.fromfile(NUCLEI).model))
+    bands = published_state()
+    bands[FIRST] = bands[FIRST][:, [0, 1, 2, 0]]
+    torch.save(bands, folder / 'bands.pth')
+    save_with_hash(dict(state_dict=read(published_file)[1]), folder / 'same.pth', published_file)
+    return folder
+
+
 @pytest.fixture
-def files(digits, tmp_path, monkeypatch):
+def files(digits, weights, tmp_path, monkeypatch):
     """A folder to work in, with a folder, a text, and weights of no known network."""
     monkeypatch.chdir(tmp_path)
+    for path in weights.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     (tmp_path / 'folder').mkdir()
+    for name in ('image.png', 'labels.png', 'class/image.png'):
+        (tmp_path / 'texts' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'texts' / name).write_text('not what you think')
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(digits)
     for severity in range(1, 6):
@@ -30,11 +61,12 @@ def files(digits, tmp_path, monkeypatch):
 
 
 # Arguments, of which CONFIG, CHECKPOINT, IMAGE and FOLDER are right but for one.
+REPARAMETERIZE = 'model_converters/reparameterize_model.py'
 TOOLS = {
     'train.py': 'CONFIG --resume CHECKPOINT',
     'test.py': 'CONFIG CHECKPOINT',
     'convert_checkpoint.py': 'CHECKPOINT out/new.pth',
-    'model_converters/reparameterize_model.py': 'CONFIG CHECKPOINT out/new.pth',
+    REPARAMETERIZE: 'CONFIG CHECKPOINT out/new.pth',
     'model_converters/resize_weights.py': 'CHECKPOINT out/new.pth --kernel-size 53',
     'model_converters/van2lska.py': 'CHECKPOINT out/new.pth',
     'deployment/export_onnx.py': 'CONFIG CHECKPOINT out/new.onnx',
@@ -65,9 +97,19 @@ WRONG = {
         'text.txt': 'text.txt is not an image.',
         'empty': 'empty is not an image.',
     },
-    'FOLDER': {'missing': 'missing', 'folder': 'folder'},
-    'CSV': {'folder': 'folder', 'missing.csv': 'missing.csv', 'empty': 'empty'},
-    'WORK_DIR': {'folder': 'folder', 'missing': 'missing'},
+    'FOLDER': {'missing': 'missing', 'folder': 'folder', 'texts': 'image.png is not an image.'},
+    'CSV': {
+        'folder': 'No CSV file at folder.',
+        'missing.csv': 'No CSV file at missing.csv.',
+        'text.txt': 'text.txt lacks the columns',
+        'empty': 'empty lacks the columns',
+        'other.pth': 'other.pth lacks the columns',
+    },
+    'WORK_DIR': {
+        'folder': 'No work dirs in folder;',
+        'missing': 'No work dirs in missing;',
+        'text.txt': 'No work dirs in text.txt;',
+    },
 }
 CELLS = [
     (tool, kind, wrong)
@@ -76,20 +118,82 @@ CELLS = [
     if kind in words
     for wrong in WRONG[kind]
 ]
+# Arguments of which each is what it should be, but not for this tool.
+NOT_DEPLOYED = 'and this backbone is not: set model.backbone.deploy=True.'
+DEPLOY = '--cfg-options model.backbone.deploy=True'
+OTHER_TASK = 'tensors are missing (first: head.fc.weight)'
+RESIZE = 'model_converters/resize_weights.py'
+KERNELS = '--kernel-sizes 23 24 --out out'
+REFUSED = [
+    ('test.py', 'CONFIG deployed.pth', NOT_DEPLOYED),
+    ('test.py', 'CONFIG segmentor.pth', OTHER_TASK),
+    (REPARAMETERIZE, 'CONFIG deployed.pth out/new.pth', NOT_DEPLOYED),
+    (
+        REPARAMETERIZE,
+        f'CONFIG deployed.pth out/new.pth {DEPLOY}',
+        'deployed.pth is deployed already.',
+    ),
+    (REPARAMETERIZE, 'CONFIG segmentor.pth out/new.pth', OTHER_TASK),
+    ('deployment/export_onnx.py', 'CONFIG deployed.pth out/new.onnx', NOT_DEPLOYED),
+    ('deployment/export_onnx.py', 'CONFIG segmentor.pth out/new.onnx', OTHER_TASK),
+    ('analysis_tools/imagenet_c.py', 'CONFIG segmentor.pth corrupted --work-dir work', OTHER_TASK),
+    ('convert_checkpoint.py', 'SAME same.pth', 'is the file to convert; name another one'),
+    (RESIZE, 'SAME same.pth --in-channels 3', 'is the file to convert; name another one'),
+    (RESIZE, 'CHECKPOINT out/new.pth --in-channels 0', 'in_channels=0 is less than 1.'),
+    (RESIZE, 'bands.pth out/new.pth --in-channels 3', 'only those for 1 or 3 can be resized'),
+    (RESIZE, 'CHECKPOINT out/new.pth --kernel-size 24', 'kernel_size=24 cannot be split'),
+    ('model_converters/van2lska.py', 'CHECKPOINT out/new.pth', 'The kernels are 1-D already'),
+    ('analysis_tools/compare_kernels.py', KERNELS, 'kernel_size=24 cannot be split'),
+    ('analysis_tools/benchmark.py', KERNELS, 'kernel_size=24 cannot be split'),
+]
+MISSING = [
+    ('analysis_tools/benchmark.py', '--onnx --out out', 'onnxruntime'),
+    ('analysis_tools/benchmark.py', '--openvino --out out', 'openvino'),
+    ('deployment/export_onnx.py', 'CONFIG CHECKPOINT out/new.onnx', 'onnx'),
+]
+
+
+@pytest.fixture
+def refuse(files, published_file, monkeypatch, capsys):
+    """Run a tool, which must end with one line and without a file; returns the line."""
+
+    def _refuse(tool, words, **changed):
+        [same] = files.glob('same-*.pth')
+        known = dict(CONFIG=DIGITS, CHECKPOINT=published_file, IMAGE=IMAGE, FOLDER=IMAGE.parent,
+                     SAME=same.name)  # fmt: skip
+        name = tool.rpartition('/')[2]
+        arguments = [str({**known, **changed}.get(word, word)) for word in words.split()]
+        monkeypatch.setattr(sys, 'argv', [name, *arguments])
+        monkeypatch.setattr(sys, 'path', [str((ROOT / 'tools' / tool).parent), *sys.path])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+        assert exit_.value.code
+        printed = f'{capsys.readouterr().err}\n{exit_.value.code}'.removesuffix('\n1')
+        last = printed.strip().splitlines()[-1]
+        assert last.startswith(f'{name}: ')
+        assert not list(files.glob('out/*.*'))
+        return last
+
+    return _refuse
 
 
 @pytest.mark.parametrize(('tool', 'kind', 'wrong'), CELLS)
-def test_one_line(files, published_file, monkeypatch, capsys, tool, kind, wrong):
-    right = dict(CONFIG=DIGITS, CHECKPOINT=published_file, IMAGE=IMAGE, FOLDER=IMAGE.parent)
-    words = [str({**right, kind: wrong}.get(word, word)) for word in TOOLS[tool].split()]
-    name = tool.rpartition('/')[2]
-    monkeypatch.setattr(sys, 'argv', [name, *words])
-    monkeypatch.setattr(sys, 'path', [str((ROOT / 'tools' / tool).parent), *sys.path])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-    assert exit_.value.code
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    print(f'| {name} | {kind} | {wrong} | {last} |')
-    assert last.startswith(f'{name}: ')
+def test_one_line(refuse, tool, kind, wrong):
+    last = refuse(tool, TOOLS[tool], **{kind: wrong})
+    print(f'| {tool} | {kind} | {wrong} | {last} |')
     assert WRONG[kind][wrong] in last
-    assert not list(files.glob('out/*.*'))
+
+
+@pytest.mark.parametrize(('tool', 'words', 'why'), REFUSED)
+def test_one_line_for_what_does_not_go_together(refuse, tool, words, why):
+    last = refuse(tool, words)
+    print(f'| {tool} | {words} | {last} |')
+    assert why in last
+
+
+@pytest.mark.parametrize(('tool', 'words', 'package'), MISSING)
+def test_one_line_for_what_is_not_installed(refuse, monkeypatch, tool, words, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    last = refuse(tool, words)
+    print(f'| {tool} | {words} | {last} |')
+    assert f'pip install {package}' in last

@@ -209,7 +209,7 @@ def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str
     if deployed != ('block1.0.shortcut' in expected):
         return (
             'The weights are deployed, with norms folded into convolutions, and this backbone is '
-            'not: build it with deploy=True.'
+            'not: set model.backbone.deploy=True.'
             if deployed
             else 'This backbone is deployed and the weights are not: load them before '
             'switch_to_deploy(), or make deployed ones of them by reparameterize_model.py.'

@@ -55,7 +55,7 @@ def test_deployed_state_dict_reloads():
     image = torch.rand(1, 3, 32, 32)
     for out, expected in zip(again(image), backbone(image)):
         assert torch.equal(out, expected)
-    with pytest.raises(CheckpointError, match=r'The weights are deployed, .* with deploy=True'):
+    with pytest.raises(CheckpointError, match=r'are deployed, .* set model.backbone.deploy=True'):
         small().load_state_dict(backbone.state_dict())
     with pytest.raises(CheckpointError, match='This backbone is deployed and the weights are not'):
         again.load_state_dict(small().state_dict())

@@ -8,13 +8,15 @@ are reported, with the share of the measured rate of matrix products that they
 reach. With --runs 3 all is measured three times: the tables have the median
 ratio, and the lowest and the highest. DIR takes benchmark.json, benchmark.md
 and, with several kernel sizes, benchmark.png. A busy machine or a wide spread
-is an error: nothing is reported.
+is an error: nothing is reported. With --busy-is-fine both pass, and the report and the
+JSON file say how busy the machine was.
 
 Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
 `LSKAVAN` as built; `deployed`, after `switch_to_deploy()`, or in training
 `with_cp`; `van`, mmpretrain's VAN of the same size, which has one kernel (21).
 With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime, with
---openvino `openvino-plain` and `openvino-deployed`.
+--openvino `openvino-plain` and `openvino-deployed`; with --precisions the deployed graph
+in bfloat16 (`openvino-bf16`), and quantized to 8 bits (`onnx-int8`, `openvino-int8`).
 
 With --device cuda a GPU is measured, by a plan of its own (benchmarking/gpu.py), in
 five minutes.
@@ -28,11 +30,13 @@ keep all; --fresh-heap does not, and shows what a young process pays.
 import argparse
 import ctypes
 import itertools
+import math
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +48,12 @@ from benchmarking import gpu
 from benchmarking.counting import multiply_adds
 from benchmarking.plain_lska_van import plain_lska_van
 from benchmarking.report import ARCHS, HEADER, format_row, merge, write_report
-from benchmarking.steps import make_onnx_step, make_openvino_step, make_step
+from benchmarking.steps import make_engine_step, make_step
 from lska_mm import LSKAVAN
 from lska_mm.cli import make_parser, report_errors, size
+from lska_mm.models.lska import split_kernel
 
+ENGINES = dict(onnx='onnxruntime', openvino='openvino')  # by option
 ROUNDS = 4  # steps of a model at least, however long they take
 TRIES = 5  # measurements of a combination until its times vary less
 SIDE = 2048  # of the matrices whose product tells the machine's rate
@@ -127,19 +133,30 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
                         help='of the machine that others may use')  # fmt: skip
     parser.add_argument('--max-spread', type=float, default=0.15, metavar='SHARE',
                         help='half the interquartile range over the median')  # fmt: skip
+    parser.add_argument('--busy-is-fine', action='store_true',
+                        help='measure without these limits; the report says so')  # fmt: skip
 
 
-def check_idle(limit: float) -> None:
-    """Look at the machine for two seconds.
+def check_idle(args: argparse.Namespace) -> dict[str, float]:
+    """Look at the machine for two seconds; lift the limits of `add_limits` if asked to.
+
+    Returns:
+        What a row has of that: nothing, or with --busy-is-fine the per cent that others use.
 
     Raises:
-        BusyError: If others use more than ``limit`` per cent of it.
+        BusyError: If others use more than ``args.max_busy`` per cent of it.
     """
     import psutil
 
     busy = psutil.cpu_percent(interval=2)
-    if busy > limit:
-        raise BusyError(f'{busy:.0f} % of the CPUs are busy; let nothing else run.')
+    if args.busy_is_fine:
+        args.max_spread = math.inf
+        return dict(busy=busy)
+    if busy > args.max_busy:
+        raise BusyError(
+            f'{busy:.0f} % of the CPUs are busy; let nothing else run, or give --busy-is-fine.'
+        )
+    return {}
 
 
 def median_and_spread(name: str, values: list[float], limit: float) -> tuple[float, float]:
@@ -168,13 +185,27 @@ def calmly(measure: Callable, *args: Any) -> Any:
             return measure(*args)
         except WideSpreadError as error:
             if attempt == TRIES:
-                raise WideSpreadError(f'{error} Let nothing else run, and try again.') from None
+                raise WideSpreadError(
+                    f'{error} Let nothing else run, or give --busy-is-fine.'
+                ) from None
             print(f'benchmark.py: {error} Measuring again.', file=sys.stderr)
     raise AssertionError
 
 
+def engine_rows(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
+    """Engine, precision and model of each row that is asked for beside PyTorch's."""
+    rows = {}
+    for option, engine in ENGINES.items():
+        for graph in ('plain', 'deployed') if getattr(args, option) else ():
+            rows[f'{option}-{graph}'] = engine, 'f32', graph
+        for precision in args.precisions if getattr(args, option) else ():
+            if (engine, precision) != ('onnxruntime', 'bf16'):  # which has none on a CPU
+                rows[f'{option}-{precision}'] = engine, precision, 'deployed'
+    return rows
+
+
 def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, size) -> list[dict]:
-    """A row a model.
+    """A row for each model.
 
     Raises:
         WideSpreadError: Names the model.
@@ -185,10 +216,9 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     for name, model in models.items():
         model.train(args.train)
         steps[name] = make_step(model, image, args.train, torch.bfloat16 if args.amp else None)
-    engines = dict(onnx=make_onnx_step, openvino=make_openvino_step)
-    for engine, name in itertools.product(engines, ('plain', 'deployed')):
-        if getattr(args, engine):
-            steps[f'{engine}-{name}'] = engines[engine](models[name], image)
+    for name, (engine, precision, graph) in engine_rows(args).items():
+        steps[name] = make_engine_step(engine, precision, models[graph], image)
+        models[name] = models[graph]
     rate = matmul_rate()
     times, faults = time_all(steps, args.seconds)
     passes = 3 if args.train else 1  # a backward pass costs two forward ones
@@ -197,7 +227,7 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
         median, spread = median_and_spread(
             f'{name}, {arch} k={kernel_size}', values, args.max_spread
         )
-        work = passes * multiply_adds(models[name.rpartition('-')[2]], image) / 1e6
+        work = passes * multiply_adds(models[name], image) / 1e6
         rows.append(
             dict(
                 arch=arch, kernel_size=kernel_size, batch=batch, height=size[0], width=size[1],
@@ -210,7 +240,7 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     return rows
 
 
-@report_errors(BusyError, WideSpreadError)
+@report_errors(BusyError, ImportError, ValueError, WideSpreadError)
 def main() -> None:
     parser = make_parser('Time LSKA-VAN against its peers')
     parser.add_argument('--archs', nargs='+', default=['tiny'], choices=ARCHS)
@@ -221,6 +251,8 @@ def main() -> None:
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
     parser.add_argument('--onnx', action='store_true', help='ONNX Runtime too; on a CPU')
     parser.add_argument('--openvino', action='store_true', help='OpenVINO too; likewise')
+    parser.add_argument('--precisions', nargs='+', choices=['bf16', 'int8'], default=[],
+                        help='of the engines, beside f32')  # fmt: skip
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--seconds', type=float, help='for each combination, by default 10; on a '
@@ -232,6 +264,11 @@ def main() -> None:
     args = parser.parse_args()
     if (args.onnx or args.openvino) and (args.train or args.device != 'cpu'):
         parser.error('--onnx and --openvino are for inference on a CPU')
+    for option, package in ENGINES.items():
+        if getattr(args, option) and find_spec(package) is None:
+            raise ImportError(f'--{option} needs {package}: pip install {package}')
+    for k in args.kernel_sizes:  # an invalid one is named before minutes of work
+        split_kernel(k)
     if args.device == 'cuda':
         if not torch.cuda.is_available():
             parser.error('--device cuda needs a GPU, torch sees none')
@@ -240,14 +277,14 @@ def main() -> None:
         )
         return
     args.seconds = args.seconds or 10
-    check_idle(args.max_busy)
+    state = check_idle(args)
     print(f'CPU, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if not args.fresh_heap:
         keep_heap()
     print(HEADER)
     combinations = list(itertools.product(args.archs, args.kernel_sizes, args.batches, args.sizes))
     runs = [
-        [row for combination in combinations for row in calmly(measure, args, *combination)]
+        [row | state for places in combinations for row in calmly(measure, args, *places)]
         for _ in range(args.runs)
     ]
     print(f'\n{write_report(merge(runs), args.out)}\nwritten to {args.out}/benchmark.*')

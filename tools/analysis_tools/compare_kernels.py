@@ -43,6 +43,7 @@ from benchmark import (
     time_all,
 )
 from benchmarking.counting import Classifier, count_costs, saved_bytes
+from benchmarking.report import busy_note
 from lska_mm import LSKAVAN
 from lska_mm.cli import init_quietly, make_parser, markdown, report_errors, size
 from lska_mm.models.archs import ARCHS
@@ -122,7 +123,9 @@ def measure(args: argparse.Namespace, rows: list[dict]) -> None:
     steps = {}
     for row in rows:
         model = Classifier(args.arch, row['kernel_size'], row['attention']).eval()
-        steps[row['attention'], row['kernel_size']] = make_step(model, image, False, False)
+        steps[row['attention'], row['kernel_size']] = make_step(
+            model, image, train=False, dtype=None
+        )
     times, _ = time_all(steps, args.seconds * len(steps))
     for row, ((attention, k), values) in zip(rows, times.items()):
         name = f'{attention}, {args.arch} k={k}'
@@ -130,14 +133,14 @@ def measure(args: argparse.Namespace, rows: list[dict]) -> None:
 
 
 def make_table(rows: list[dict]) -> str:
-    """Markdown: a row a gate and kernel size."""
+    """Markdown: a row for each gate and kernel size."""
     columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
     cells = [[write(row[key]) for key, (_, write) in columns.items()] for row in rows]
     return markdown([[head for head, _ in columns.values()], *cells])
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
-    """Each cost against kernel size, a line a gate."""
+    """Each cost against kernel size, a line for each gate."""
     panels = {key: panel for key, panel in PANELS.items() if key in rows[0]}
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.5 * len(panels), 3.9), layout='constrained'
@@ -168,7 +171,7 @@ def main() -> None:
     parser.add_argument('--arch', default='tiny', choices=list(ARCHS))
     parser.add_argument('--attentions', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 11, 23, 35, 53, 65])
-    parser.add_argument('--size', type=size, default=(224, 224), metavar='HEIGHTxWIDTH')
+    parser.add_argument('--size', type=size, default='224x224', metavar='HEIGHTxWIDTH')
     parser.add_argument('--no-time', action='store_true', help='measure no times')
     parser.add_argument('--seconds', type=float, default=2, help='of measuring, for each row')
     add_limits(parser)
@@ -178,28 +181,31 @@ def main() -> None:
         split_kernel(k)
     try:
         if not args.no_time:
-            check_idle(args.max_busy)
+            state = check_idle(args)
         rows = []
         for attention, k in itertools.product(args.attentions, args.kernel_sizes):
             rows.append(count(args.arch, k, attention, args.size))
             print(f'counted: {attention}, k={k}', flush=True)
         if not args.no_time:
             keep_heap()
+            print(f'timing all in turns: {args.seconds * len(rows):.0f} s', flush=True)
             calmly(measure, args, rows)
+            rows = [row | state for row in rows]
     except (BusyError, WideSpreadError) as error:
         raise type(error)(f'{error} Or leave the times out with --no-time.') from None
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / 'compare_kernels'
     title = f'{args.arch}, {args.size[0]} x {args.size[1]} pixels'
     columns = [key for key in COLUMNS if key in rows[0]]
-    out.with_suffix('.md').write_text(f'{make_table(rows)}\n')
+    table = busy_note(rows) + make_table(rows)
+    out.with_suffix('.md').write_text(f'{table}\n')
     out.with_suffix('.json').write_text(json.dumps(rows, indent=1))
     with out.with_suffix('.csv').open('w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, extrasaction='ignore')
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, title, out.with_suffix('.png'))
-    print(f'\n{title}\n\n{make_table(rows)}\n\nwritten to {out}.{{md,csv,json,png}}')
+    print(f'\n{title}\n\n{table}\n\nwritten to {out}.{{md,csv,json,png}}')
 
 
 if __name__ == '__main__':

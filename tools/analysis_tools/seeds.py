@@ -22,12 +22,15 @@ def load_scores(work_dir: Path, metric: str) -> Scores:
 
     Raises:
         FileNotFoundError: If nothing was trained there.
-        ValueError: If the log has no such metric; names those that it has.
+        ValueError: If the log is damaged, or has no such metric; names those that it has.
     """
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda log: log.stat().st_mtime)
     if not logs:
         raise FileNotFoundError(f'No training log below {work_dir} (*/vis_data/scalars.json).')
-    records = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    try:
+        records = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f'{logs[-1]} is damaged: {error}.') from None
     tests = [record for record in records if 'lr' not in record]
     scores = {record['step']: record[metric] for record in tests if metric in record}
     if not scores:
@@ -37,7 +40,7 @@ def load_scores(work_dir: Path, metric: str) -> Scores:
 
 
 def make_table(settings: dict[str, list[Scores]], metric: str) -> str:
-    """Markdown: a row a setting, a column a validation."""
+    """Markdown: a row for each setting, a column for each validation."""
     steps = sorted({step for runs in settings.values() for scores in runs for step in scores})
     head = [metric, 'seeds', *map(str, steps)]
     rows = [head]
@@ -60,7 +63,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     for folder in args.settings:
-        if not any(folder.iterdir()):
+        if not folder.is_dir() or not any(folder.iterdir()):
             raise FileNotFoundError(f'No work dirs in {folder}; expected one for each seed.')
     for metric in args.metrics:
         settings = {

@@ -51,11 +51,14 @@ def read(paths: list[Path]) -> dict[str, dict[str, Decisions]]:
     """Decisions by model and by class of the shape, both in the order of the files.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If a file lacks a column, or holds no image of a cue conflict.
     """
     counts: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
     for path in paths:
-        with path.open(newline='') as file:
+        if not path.is_file():
+            raise FileNotFoundError(f'No CSV file at {path}.')
+        with path.open(newline='', errors='replace') as file:
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
@@ -80,7 +83,7 @@ def total(by_class: dict[str, Decisions]) -> Decisions:
 
 
 def make_table(models: dict[str, dict[str, Decisions]]) -> str:
-    """Markdown: a row a model."""
+    """Markdown: a row for each model."""
     rows = [['model', 'images', 'shape', 'texture', 'shape bias']]
     for name, by_class in models.items():
         shape, texture, images = decisions = total(by_class)
@@ -90,7 +93,7 @@ def make_table(models: dict[str, dict[str, Decisions]]) -> str:
 
 
 def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:
-    """A row a class, a marker a model; a line at the shape bias over all classes."""
+    """A row for each class, a marker for each model; a line at the shape bias over all classes."""
     classes = sorted({name for by_class in models.values() for name in by_class}, reverse=True)
     figure, axis = plt.subplots(figsize=(7, 0.32 * len(classes) + 1.8), layout='constrained')
     for i, (model, by_class) in enumerate(models.items()):
@@ -100,14 +103,14 @@ def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:
             for name, decisions in by_class.items()
             if decisions.shape_bias is not None
         ]
-        colour, bias = f'C{i % 10}', total(by_class).shape_bias
+        color, bias = f'C{i % 10}', total(by_class).shape_bias
         label = model if bias is None else f'{model} ({bias:.2f})'
         axis.scatter(
-            [x for x, _ in points], [y for _, y in points], color=colour, label=label,
+            [x for x, _ in points], [y for _, y in points], color=color, label=label,
             marker='oDsv^<>PX*'[i % 10], s=45, zorder=3, clip_on=False,
         )  # fmt: skip
         if bias is not None:
-            axis.axvline(bias, color=colour, linewidth=1.2)
+            axis.axvline(bias, color=color, linewidth=1.2)
     axis.set(
         xlim=(0, 1), ylim=(-0.7, len(classes) - 0.3), yticks=range(len(classes)),
         yticklabels=classes, xlabel='shape bias: 0 texture only, 1 shape only',
@@ -118,7 +121,7 @@ def plot(models: dict[str, dict[str, Decisions]], path: Path) -> None:
     plt.close(figure)
 
 
-@report_errors(OSError, ValueError)
+@report_errors(OSError, ValueError, csv.Error)
 def main() -> None:
     parser = make_parser('Shape bias of classifiers')
     parser.add_argument('csv', type=Path, nargs='+', help='files of ShapeBiasMetric')

@@ -22,7 +22,7 @@ import cv2
 import mmcv
 import numpy as np
 
-from lska_mm.cli import make_parser, report_errors
+from lska_mm.cli import make_parser, read_image, report_errors
 from lska_mm.weights.convert import written_beside
 
 FORMATS = ['coco', 'ade', 'bands']
@@ -73,13 +73,12 @@ def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
     """Write data sets into ``out`` from ``source``/{image,labels}.png.
 
     Raises:
-        FileNotFoundError: If one of the two files is missing.
+        OSError: If one of the two files is missing, or is not an image.
         ValueError: If they differ in size, or a part holds no nucleus.
     """
     arrays = {}
     for name in ('image.png', 'labels.png'):
-        if not (source / name).is_file():
-            raise FileNotFoundError(f'No {name} in {source}.')
+        read_image(source / name)  # or an error that names it
         arrays[name] = mmcv.imread(str(source / name), flag='unchanged')
     image, labels = arrays['image.png'], arrays['labels.png']
     if image.shape[:2] != labels.shape:
@@ -114,7 +113,7 @@ def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
     print(f'written to {out}')
 
 
-@report_errors(OSError, ValueError)
+@report_errors(ImportError, OSError, ValueError)
 def main() -> None:
     parser = make_parser('Convert the embedded nuclei image')
     embedded = Path(__file__).parents[2] / 'demo/nuclei'

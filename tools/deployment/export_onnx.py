@@ -22,18 +22,16 @@ import itertools
 import json
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
 
+from engines import INSTALLED, open_engine
 from lska_mm.cli import (
     add_cfg_options,
     ending,
@@ -47,6 +45,12 @@ from lska_mm.cli import (
 )
 from lska_mm.weights.convert import written_beside
 from lska_mm.weights.names import CheckpointError
+
+try:
+    import onnx
+    import onnxruntime  # noqa: F401  nothing is written before it was compared
+except ImportError as error:
+    sys.exit(f'export_onnx.py: {error}: pip install onnx onnxruntime')
 
 OPSET = 17  # the first with LayerNormalization
 TOLERANCE = 1e-4  # largest difference, relative to the largest output
@@ -129,28 +133,9 @@ def add_metadata(path: Path, cfg: Config) -> None:
     onnx.save(proto, path)
 
 
-def run_onnxruntime(path: Path, images: np.ndarray) -> list[np.ndarray]:
-    """Outputs of a file in ONNX Runtime."""
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    return session.run(None, {'images': images})
-
-
-def run_openvino(path: Path, images: np.ndarray) -> list[np.ndarray]:
-    """Outputs of a file in OpenVINO, with all digits of float32."""
-    import openvino
-
-    model = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    return list(model([images]).values())
-
-
-ENGINES = {'ONNX Runtime': run_onnxruntime}
-if find_spec('openvino'):
-    ENGINES['OpenVINO'] = run_openvino
-
-
 def compare(engine: str, path: Path, graph: Graph, images: Tensor) -> float:
     """Largest difference of an engine's outputs from PyTorch's, relative to the largest."""
-    found = ENGINES[engine](path, images.numpy())
+    found = open_engine(engine, path)(images.numpy())
     with torch.no_grad():
         expected = [out.numpy() for out in graph(images)]
     return max(
@@ -191,7 +176,7 @@ def export(
             output_names=graph.output_names, dynamic_axes=axes,
         )  # fmt: skip
         add_metadata(part, cfg)
-        for engine, inputs in itertools.product(ENGINES, (images, others)):
+        for engine, inputs in itertools.product(INSTALLED, (images, others)):
             difference = compare(engine, part, graph, inputs)
             print(f'{tuple(inputs.shape)}: largest difference {difference:.1e} in {engine}')
             if not difference <= TOLERANCE:
@@ -232,7 +217,7 @@ def main() -> None:
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('save_path', type=ending('.onnx'), help='file to write, .onnx')
     parser.add_argument('--backbone', action='store_true', help='only the backbone')
-    parser.add_argument('--size', type=size, default=(224, 224), metavar='HEIGHTxWIDTH',
+    parser.add_argument('--size', type=size, default='224x224', metavar='HEIGHTxWIDTH',
                         help='of the traced image; the graph takes others too')  # fmt: skip
     parser.add_argument('--image', help='of a detector: an image to trace, and to compare with')
     parser.add_argument('--static', action='store_true', help='of a detector: for one size alone')

@@ -18,7 +18,7 @@ def reparameterize(config: str, checkpoint: str, dst: Path, options: dict) -> Pa
     """Deploy the backbone of any of the toolboxes' models; return the file written.
 
     Raises:
-        CheckpointError: If the checkpoint is not of the config's model.
+        CheckpointError: If the checkpoint is not of the config's model, or deployed already.
         TypeError: If there is no LSKAVAN, or it has other norms than BatchNorm.
     """
     _, model = load_model(config, checkpoint, options)
@@ -28,6 +28,8 @@ def reparameterize(config: str, checkpoint: str, dst: Path, options: dict) -> Pa
             f'{type(model).__name__} has no LSKAVAN in model.backbone to deploy, but '
             f'{type(backbone).__name__}.'
         )
+    if getattr(backbone, 'deployed', False):
+        raise CheckpointError(f'{checkpoint} is deployed already.')
     backbone.switch_to_deploy()
     return save_with_hash(dict(state_dict=model.state_dict()), dst, checkpoint)
 

@@ -90,7 +90,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def growth(rows: list[dict]) -> list[str]:
-    """What the largest kernel costs against the smallest, a line a model."""
+    """What the largest kernel costs against the smallest, a line for each model."""
     small, large = (f(row['kernel_size'] for row in rows) for f in (min, max))
     times = {tuple(row[key] for key in KEYS): row['milliseconds'] for row in rows}
     return [
@@ -101,6 +101,13 @@ def growth(rows: list[dict]) -> list[str]:
     ]
 
 
+def busy_note(rows: list[dict]) -> str:
+    """Say how busy the machine was where --busy-is-fine let that pass; nothing otherwise."""
+    if 'busy' not in rows[0]:
+        return ''
+    return f'With --busy-is-fine: others used {rows[0]["busy"]:.0f} % of the CPUs.\n\n'
+
+
 def write_report(rows: list[dict], out: Path) -> str:
     """Write benchmark.json, benchmark.md and, of several kernel sizes, benchmark.png.
 
@@ -109,7 +116,7 @@ def write_report(rows: list[dict], out: Path) -> str:
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / 'benchmark.json').write_text(json.dumps(rows, indent=1))
-    summary = '\n'.join([overview(rows), '', *growth(rows)])
+    summary = busy_note(rows) + '\n'.join([overview(rows), '', *growth(rows)])
     table = '\n'.join([HEADER, *map(format_row, rows)])
     (out / 'benchmark.md').write_text(f'{summary}\n\n{table}\n')
     if len({row['kernel_size'] for row in rows}) > 1:

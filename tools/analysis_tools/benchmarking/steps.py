@@ -1,11 +1,17 @@
 """What the benchmarks time: a step of a model, in PyTorch or in another engine."""
 
-import io
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
+from torch.onnx.utils import export  # the one exporter that torch 2.1 has too
+
+sys.path.append(str(Path(__file__).parents[2] / 'deployment'))
+from engines import open_engine, quantize
 
 
 def make_step(
@@ -46,36 +52,27 @@ def make_step(
     return step
 
 
-def to_onnx(model: nn.Module, image: torch.Tensor) -> io.BytesIO:
-    """The graph of a model."""
-    from torch.onnx.utils import export
+def make_engine_step(
+    engine: str, precision: str, model: nn.Module, images: torch.Tensor
+) -> Callable[[], Any]:
+    """Make an inference of a model's graph in an engine, by as many threads as PyTorch has.
 
-    file = io.BytesIO()
-    export(model, (image,), file, opset_version=17, input_names=['images'])
-    return io.BytesIO(file.getvalue())
+    Args:
+        engine: ``'onnxruntime'`` or ``'openvino'``.
+        precision: ``'f32'``, ``'bf16'`` or ``'int8'``, calibrated on ``images``.
+        model: What is exported.
+        images: (B, 3, H, W).
 
-
-def make_onnx_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
-    """An inference in ONNX Runtime, by as many threads as PyTorch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.force_spinning_stop', '1')  # leave the next its CPU
-    session = onnxruntime.InferenceSession(
-        to_onnx(model, image).getvalue(), options, providers=['CPUExecutionProvider']
-    )
-    inputs = dict(images=image.numpy())
-    return lambda: session.run(None, inputs)
-
-
-def make_openvino_step(model: nn.Module, image: torch.Tensor) -> Callable[[], None]:
-    """An inference in OpenVINO, by as many threads as PyTorch has, in float32."""
-    import openvino
-
-    how = dict(INFERENCE_NUM_THREADS=torch.get_num_threads(), INFERENCE_PRECISION_HINT='f32')
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(to_onnx(model, image)), 'CPU', how)
-    request = compiled.create_infer_request()
-    inputs = [image.numpy()]
-    return lambda: request.infer(inputs)
+    Raises:
+        RuntimeError: If the engine is not installed.
+        ValueError: If it, or the processor, lacks the precision.
+    """
+    with TemporaryDirectory() as folder:
+        path, quantized = Path(folder, 'model.onnx'), Path(folder, 'quantized.onnx')
+        export(model, (images,), str(path), opset_version=17, input_names=['images'])
+        if precision == 'int8':
+            quantize(path, iter([images.numpy()]), quantized)
+            path, precision = quantized, 'f32'
+        infer = open_engine(engine, path, precision, torch.get_num_threads())
+    inputs = images.numpy()
+    return lambda: infer(inputs)
