@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 out=${WORK_DIR:-work_dirs/bands}
 config=demo/lska-van-tiny_fpn_nuclei-4bands.py
 segmentor=${SEGMENTOR:-$(cat work_dirs/demo-segmentation/last_checkpoint)}
-short=(train_cfg.max_iters=20 train_cfg.val_interval=10 default_hooks.checkpoint.interval=20)
+short=(train_cfg.max_iters=40 train_cfg.val_interval=10 param_scheduler.0.end=40
+    default_hooks.checkpoint.interval=40)
 
 python tools/dataset_converters/nuclei.py --out data/nuclei --formats bands
 for seed in 0 1 2; do

@@ -12,9 +12,11 @@ import shutil
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 
 from conftest import ROOT, copy_repository
+from lska_mm import __version__
 
 SHORT = [
     '--cfg-options',
@@ -30,45 +32,53 @@ FEWER_REGIONS = ['model.train_cfg.rcnn.sampler.num=16']
 TEST_SHORT = [*SHORT[:7], 'test_dataloader.dataset.pipeline.1.scale=(96,64)']
 SEGMENTOR_SHORT = ['train_cfg.max_iters=1', 'train_cfg.val_interval=1',
                    'default_hooks.checkpoint.interval=1']  # fmt: skip
-MASK_RCNN = 'configs/detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'
-MASK_RCNN_CHECKPOINT = 'work_dirs/mask-rcnn_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
 RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 RETINANET_CHECKPOINT = 'work_dirs/retinanet_lska-van-tiny_fpn_1x_coco/epoch_12.pth'
 R50_LSKA = 'configs/detection/retinanet_r50-lska_fpn_1x_coco.py'
 CLASSIFIER = 'work_dirs/demo-classification/epoch_15.pth'
+SEGMENTATION = 'demo/lska-van-tiny_fpn_nuclei.py'
+SEGMENTOR = 'work_dirs/demo-segmentation/iter_200.pth'
 IN1K = 'configs/classification/lska-van-tiny_4xb128_in1k.py'
 WEIGHTS = 'pretrained/lska-van-tiny_k23_in1k.pth'
 CONVERT = (
     'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth'
 )
 RESIZE = 'python tools/model_converters/resize_weights.py pretrained/lska-van-tiny_k23_in1k.pth'
+CORRUPT = (
+    'python tools/dataset_converters/imagenet_c.py data/digits/val --out data/digits-c '
+    '--size 64x64 --per-class 1 --corruptions fog contrast'
+)
+TEST_CORRUPTED = (
+    f'python tools/analysis_tools/imagenet_c.py demo/lska-van-tiny_digits.py {CLASSIFIER} '
+    'data/digits-c --work-dir work_dirs/digits-c'
+)
+SEEDS = 'python tools/analysis_tools/seeds.py work_dirs/pretraining/*/ --metrics coco/segm_mAP'
 VAN = 'van-tiny_8xb128_in1k_20220501-385941af.pth'
 
 # Of each text, a command: what is added to it here, and what it must print.
 # `make` only shows what it would do; the tests of demo/run.sh do it.
 COMMANDS = {
     'README.md': {
-        'make demo': (['-n'], 'TASK=detection bash demo/run.sh'),
-        'make demo TASK=segmentation': (['-n'], 'TASK=segmentation bash demo/run.sh'),
-        'make demo TASK=classification': (['-n'], 'TASK=classification bash demo/run.sh'),
-        'make test': (['-n'], 'python -m pytest'),
         'pip install -e .': (['--dry-run', '--no-build-isolation'], 'Would install lska'),
-        f'python tools/train.py {MASK_RCNN}': (
+        'python -c "from mmcv.ops import nms; import lska_mm; print(lska_mm.__version__)"': (
+            [], __version__,
+        ),
+        'make demo': (['-n'], 'TASK=detection bash demo/run.sh'),
+        'make test': (['-n'], 'python -m pytest'),
+        'python tools/train.py my_config.py': (
             [*ONE_EPOCH, *FEWER_REGIONS], 'Epoch(val) [1][1/1]',
         ),
-        f'bash tools/dist_train.sh {RETINANET} 2': (ONE_EPOCH, 'GPU number: 2'),
-        f'python tools/test.py {MASK_RCNN} {MASK_RCNN_CHECKPOINT}': (
+        'python tools/test.py my_config.py work_dirs/my_config/epoch_12.pth': (
             TEST_SHORT, 'Epoch(test) [1/1]',
         ),
-        CONVERT: ([], 'arch tiny, attention LSKA, kernel size 23'),
         'python -m pydoc lska_mm.LSKAVAN': ([], 'drop_path_rate: Probability'),
     },
     'docs/get_started.md': {
-        'python -c "import lska_mm; print(lska_mm.__version__)"': ([], '0.1.0'),
         f'python tools/train.py {RETINANET}': (SHORT, 'Epoch(val) [12][1/1]'),
         f'python tools/train.py {RETINANET} --resume': (
             [*SHORT, 'train_cfg.max_epochs=13'], 'Epoch(train) [13][1/1]',
         ),
+        f'bash tools/dist_train.sh {RETINANET} 2': (ONE_EPOCH, 'GPU number: 2'),
         f'python tools/test.py {RETINANET} {RETINANET_CHECKPOINT} --out predictions.pkl': (
             TEST_SHORT, 'predictions.pkl',
         ),
@@ -83,16 +93,12 @@ COMMANDS = {
         'make demo TASK=classification': (['-n'], 'TASK=classification bash demo/run.sh'),
         'python tools/train.py demo/lska-van-tiny_fpn_nuclei.py --cfg-options '
         f'load_from={CLASSIFIER}': (SEGMENTOR_SHORT, f'Load checkpoint from {CLASSIFIER}'),
-        'python tools/dataset_converters/imagenet_c.py data/digits/val --out data/digits-c '
-        '--size 64 --per-class 1 --corruptions fog contrast': ([], 'contrast: 10 images'),
-        'python tools/analysis_tools/imagenet_c.py demo/lska-van-tiny_digits.py '
-        f'{CLASSIFIER} data/digits-c --work-dir work_dirs/digits-c': (
+        CORRUPT: ([], 'contrast: 10 images'),
+        TEST_CORRUPTED: (
             ['--cfg-options', 'test_dataloader.num_workers=0',
              'test_dataloader.persistent_workers=False'], '| contrast |',
         ),
-        'python tools/analysis_tools/seeds.py work_dirs/pretraining/*/ --metrics coco/segm_mAP': (
-            [], '| digits | 2 | 0.200 ± 0.141 |',
-        ),
+        SEEDS: ([], '| digits | 2 | 0.200 ± 0.141 |'),
     },
     'docs/weights.md': {
         CONVERT: ([], 'written to lska-van-tiny-'),
@@ -119,10 +125,20 @@ COMMANDS = {
         ),
     },
     'docs/model_zoo.md': {},
+    'docs/faq.md': {
+        'python -c "import lska_mm; from mmengine.registry import MODELS; '
+        "print('LSKAVAN' in MODELS)\"": ([], 'True'),
+        CONVERT: ([], 'arch tiny, attention LSKA, kernel size 23'),
+        f'python $MMDET/tools/analysis_tools/browse_dataset.py {RETINANET} --output-dir browsed '
+        '--not-show': (SHORT, '1/1'),
+        f'python $MMPRETRAIN/tools/analysis_tools/get_flops.py {IN1K} --shape 224 224': (
+            [], 'Params: 4.029M',
+        ),
+    },
     'docs/pictures.md': {
         f'python tools/visualization/erf.py --model {IN1K} {WEIGHTS} --model {IN1K} '
         '--images data/imagenet/val --out erf.png': (
-            ['--images', 'demo/nuclei', '--num-images', '1', '--size', '64'],
+            ['--images', 'demo/nuclei', '--num-images', '1', '--size', '64x64'],
             '| lska-van-tiny_4xb128_in1k | 23 | random weights |',
         ),
         f'python tools/visualization/attention.py {IN1K} {WEIGHTS} image.png '
@@ -163,6 +179,65 @@ COMMANDS = {
         'python .dev_scripts/profile_ops.py --arch base --size 800x1216': (
             ['--arch', 'tiny', '--size', '64x64'], 'depth-wise 3x3 convolution',
         ),
+    },
+    'docs/tools.md': {
+        f'python tools/train.py {SEGMENTATION}': (
+            ['--cfg-options', *SEGMENTOR_SHORT], 'Iter(val) [1/1]',
+        ),
+        f'python tools/test.py {SEGMENTATION} {SEGMENTOR} --show-dir work_dirs/painted': (
+            [], 'painted images are in work_dirs/painted',
+        ),
+        f'bash tools/dist_train.sh {SEGMENTATION} 2': (
+            ['--cfg-options', *SEGMENTOR_SHORT], 'GPU number: 2',
+        ),
+        f'bash tools/dist_test.sh {SEGMENTATION} {SEGMENTOR} 2': ([], 'GPU number: 2'),
+        f'python tools/convert_checkpoint.py {CLASSIFIER} work_dirs/classifier.pth': (
+            [], 'written to work_dirs/classifier-',
+        ),
+        f'python tools/model_converters/reparameterize_model.py {SEGMENTATION} {SEGMENTOR} '
+        'work_dirs/deployed.pth': ([], 'written to work_dirs/deployed-'),
+        f'python tools/model_converters/resize_weights.py {SEGMENTOR} work_dirs/k53.pth '
+        '--kernel-size 53': ([], 'written to work_dirs/k53-'),
+        f'python tools/model_converters/van2lska.py pretrained/{VAN} work_dirs/van-tiny.pth': (
+            [], 'written to work_dirs/van-tiny-',
+        ),
+        'python tools/dataset_converters/nuclei.py': ([], 'written to data/nuclei'),
+        'python tools/dataset_converters/digits.py': ([], 'written to data/digits'),
+        'python tools/dataset_converters/cue_conflict.py': (
+            [], 'written to data/cue-conflict-digits',
+        ),
+        CORRUPT: ([], 'contrast: 10 images'),
+        TEST_CORRUPTED: (
+            ['--cfg-options', 'test_dataloader.num_workers=0',
+             'test_dataloader.persistent_workers=False'], '| contrast |',
+        ),
+        SEEDS: ([], '| digits | 2 | 0.200 ± 0.141 |'),
+        'python tools/analysis_tools/shape_bias.py work_dirs/shape_bias/csv/*.csv '
+        '--out work_dirs/shape_bias/shape_bias.png': ([], '| k7 | 1 |'),
+        'python tools/analysis_tools/benchmark.py --kernel-sizes 7 53 --out work_dirs/benchmark': (
+            ['--sizes', '32x64', '--seconds', '0.01', '--busy-is-fine'],
+            'written to work_dirs/benchmark/benchmark.*',
+        ),
+        'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 53 --no-time '
+        '--out work_dirs/compare_kernels': (
+            ['--attentions', 'LSKA', '--size', '64x64'], '| LSKA | 53 |',
+        ),
+        f'python tools/visualization/attention.py {SEGMENTATION} {SEGMENTOR} '
+        'demo/nuclei/image.png --out work_dirs/attention.png': (
+            [], 'written to work_dirs/attention.png',
+        ),
+        f'python tools/visualization/erf.py --model {SEGMENTATION} {SEGMENTOR} '
+        '--images data/nuclei/ade/images --out work_dirs/erf.png': (
+            ['--size', '64x64'], '| lska-van-tiny_fpn_nuclei | 23 | backbone of iter_200.pth |',
+        ),
+        f'python tools/deployment/export_onnx.py {SEGMENTATION} {SEGMENTOR} '
+        'work_dirs/segmentor.onnx --size 128x128': ([], 'written to work_dirs/segmentor.onnx'),
+        f'python tools/deployment/quantize.py {SEGMENTATION} work_dirs/segmentor.onnx '
+        'work_dirs/segmentor-int8.onnx': (
+            ['--num-images', '1'], 'written to work_dirs/segmentor-int8.onnx',
+        ),
+        f'python tools/deployment/test.py {SEGMENTATION} work_dirs/segmentor-int8.onnx '
+        '--engine openvino': ([], 'mIoU: '),
     },
 }  # fmt: skip
 
@@ -210,16 +285,30 @@ def project(coco, published_file, run, tmp_path_factory):
         path.parent.mkdir(parents=True)
         shutil.copy(ROOT / 'demo/nuclei/image.png', path)
 
-    # What the demo of classification and demo/pretraining.sh leave behind.
-    init_default_scope('mmpretrain')
-    model = MODELS.build(Config.fromfile(ROOT / 'demo/lska-van-tiny_digits.py').model)
-    (folder / CLASSIFIER).parent.mkdir(parents=True)
-    torch.save(dict(state_dict=model.state_dict()), folder / CLASSIFIER)
+    # What two demos, demo/pretraining.sh and demo/shape_bias.sh leave behind.
+    for config, path in (('demo/lska-van-tiny_digits.py', CLASSIFIER), (SEGMENTATION, SEGMENTOR)):
+        cfg = Config.fromfile(ROOT / config)
+        init_default_scope(cfg.default_scope)
+        (folder / path).parent.mkdir(parents=True)
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), folder / path)
+    decisions = folder / 'work_dirs/shape_bias/csv/k7.csv'
+    decisions.parent.mkdir(parents=True)
+    decisions.write_text('subj,object_response,category,imagename\nk7,bear,bear,bear1-car2.png\n')
     for setting, seed, score in (('digits', 0, 0.1), ('digits', 1, 0.3), ('random', 0, 0.2)):
         log = folder / f'work_dirs/pretraining/{setting}/seed-{seed}/now/vis_data/scalars.json'
         log.parent.mkdir(parents=True)
         log.write_text(json.dumps({'coco/segm_mAP': score, 'step': 2}))
     return folder
+
+
+def test_every_tool_is_in_the_list():
+    listed = (ROOT / 'docs/tools.md').read_text()
+    tools = [path for path in (ROOT / 'tools').rglob('*.*') if path.suffix in ('.py', '.sh')]
+    scripts = [
+        path.name for path in tools if re.search('^(exec |if __name__)', path.read_text(), re.M)
+    ]
+    assert len(scripts) > 20
+    assert [name for name in scripts if f'`{name}`' not in listed] == []
 
 
 def test_every_text_is_known():
@@ -255,11 +344,10 @@ def test_commands(text, project, run):
         if re.search(r'^(from|import) ', code, re.MULTILINE):
             (project / 'block.py').write_text(code)
             assert run('python', 'block.py', cwd=project, OMP_NUM_THREADS='1')
-        elif name:
-            check_config(project / name, run)
         else:
-            (project / 'fragment.py').write_text(code)
-            assert Config.fromfile(project / 'fragment.py')
+            path = project / (name or 'fragment.py')
+            path.write_text(code)
+            check_config(path)
 
 
 def finish_trainings(project):
@@ -268,21 +356,59 @@ def finish_trainings(project):
         path.rename(path.with_name('epoch_12.pth'))
 
 
-def check_config(path, run):
-    """A config in a text trains, or at least builds its model."""
+def check_config(path):
+    """A config in a text builds its model, optimizer and hooks; a fragment, what it has."""
     cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
-    assert MODELS.build(cfg.model)
-    if path.name == 'my_config.py':
-        assert len(path.read_text().splitlines()) <= 10
-        printed = run('python', 'tools/train.py', path.name, *ONE_EPOCH, *FEWER_REGIONS,
-                      cwd=path.parent, OMP_NUM_THREADS='1')  # fmt: skip
-        assert 'Epoch(val) [1][1/1]' in printed
-        finish_trainings(path.parent)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    for hook in cfg.get('custom_hooks', []):
+        assert HOOKS.build(hook)
+    if 'model' in cfg:
+        assert build_optim_wrapper(MODELS.build(cfg.model), cfg.optim_wrapper)
+
+
+def test_the_config_in_the_readme_is_short():
+    ((_, config),) = [block for block in blocks('README.md', 'python') if block[0]]
+    assert len(config.splitlines()) <= 10
+
+
+def test_ratios_in_the_readme_are_those_of_the_tables():
+    readme = (ROOT / 'README.md').read_text()
+    rows = re.findall(r'^\|.+\| (\d\.\d\d) \| (\d\.\d\d) \|', readme, re.MULTILINE)
+    assert rows
+    tables = (ROOT / 'docs/performance.md').read_text()
+    assert not [ratio for row in rows for ratio in row if f' {ratio} ' not in tables]
+
+
+def test_the_readme_leads_to_every_page():
+    readme = (ROOT / 'README.md').read_text()
+    pages = [path.name for path in ROOT.glob('docs/*.md')]
+    assert not [page for page in pages if f'](docs/{page})' not in readme]
+
+
+def test_every_config_is_in_the_model_zoo():
+    zoo = (ROOT / 'docs/model_zoo.md').read_text()
+    configs = [*ROOT.glob('configs/*/*.py'), *ROOT.glob('demo/*-*.py')]
+    assert len(configs) > 30
+    assert not [path for path in configs if f'](../{path.relative_to(ROOT)})' not in zoo]
+
+
+def places(path):
+    """What a link can name in a text, as GitHub derives it from the headings."""
+    text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r'^#+ (.+)$', text, re.MULTILINE)
+    return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
 
 
 @pytest.mark.parametrize('text', COMMANDS)
 def test_local_links_lead_somewhere(text):
-    links = re.findall(r'\]\(([^)#]+)\)', (ROOT / text).read_text())
-    local = [link for link in links if '://' not in link]
-    assert not [link for link in local if not (ROOT / text).parent.joinpath(link).exists()]
+    content = (ROOT / text).read_text()
+    links = re.findall(r'\]\(([^)]+)\)', content)
+    links += re.findall(r'(?:src|srcset)="([^"]+)"', content)
+    lost = []
+    for link in links:
+        name, _, place = link.partition('#')
+        path = (ROOT / text).parent / name if name else ROOT / text
+        found = path.exists() and (not place or place in places(path))
+        if '://' not in link and not found:
+            lost.append(link)
+    assert not lost
