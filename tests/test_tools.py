@@ -195,37 +195,7 @@ def test_tta(config, options, run, coco, tmp_path):
     assert "type='DetTTAModel'" in printed
 
 
-# --- Several processes ---------------------------------------------------------
-
-
-def test_dist_train_and_dist_test_with_two_processes(run, nuclei, tmp_path):
-    printed = run(
-        'bash',
-        'tools/dist_train.sh',
-        DEMO,
-        2,
-        '--work-dir',
-        tmp_path,
-        *shrink(nuclei, 'train_dataloader.dataset.times=4'),
-        PORT='29611',
-        OMP_NUM_THREADS='1',
-    )
-    assert 'Distributed launcher: pytorch' in printed
-    assert 'GPU number: 2' in printed
-    assert 'Epoch(train) [1][1/1]' in printed
-    printed = run(
-        'bash',
-        'tools/dist_test.sh',
-        DEMO,
-        tmp_path / 'epoch_1.pth',
-        2,
-        '--work-dir',
-        tmp_path / 'test',
-        *shrink(nuclei),
-        PORT='29612',
-        OMP_NUM_THREADS='1',
-    )
-    assert 'coco/segm_mAP' in printed
+# --- Launchers; test_engine/test_distributed.py trains in two processes -----------
 
 
 @pytest.mark.parametrize(

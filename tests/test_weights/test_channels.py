@@ -55,3 +55,15 @@ def test_the_old_name_still_works(run):
     printed = run('python', ROOT / 'tools/model_converters/resize_kernel.py', '--help')
     assert printed.startswith('resize_kernel.py is called resize_weights.py now')
     assert '--in-channels' in printed
+
+
+def test_the_demo_with_four_bands_trains(run, published_file, tmp_path):
+    run('python', 'tools/dataset_converters/nuclei.py', '--out', tmp_path, '--formats', 'bands')
+    data = [f'{split}_dataloader.dataset.data_root={tmp_path}/bands' for split in ('train', 'val')]
+    printed = run(
+        'python', 'tools/train.py', 'demo/lska-van-tiny_fpn_nuclei-4bands.py', '--work-dir',
+        tmp_path / 'work', '--cfg-options', *data, 'train_cfg.max_iters=1',
+        'train_cfg.val_interval=1', f'model.backbone.init_cfg.checkpoint={published_file}',
+    )  # fmt: skip
+    assert 'image channels 3, now 4' in printed
+    assert 'mIoU: ' in printed

@@ -1,5 +1,6 @@
 """Whole detectors, by MMDeploy: what export_onnx.py does with them."""
 
+import math
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,14 +51,26 @@ def export_detector(
         torch2onnx(image, str(path.parent), path.name, deploy_cfg, cfg, checkpoint, 'cpu')
     processor = build_task_processor(cfg, deploy_cfg, 'cpu')
     exported = processor.build_backend_model([str(path)], processor.update_data_preprocessor)
+    if getattr(model, 'with_rpn', False):  # the graph has one NMS for proposals of all levels
+        model.rpn_head.test_cfg.nms['class_agnostic'] = True
     # A graph for any size is tried with another, too.
     height, width = image.shape[:2]
     lines = []
     for part in (image,) if static else (image, image[: height * 3 // 4, : width * 2 // 3]):
         data, _ = processor.create_input(part)
-        found, expected = (m.test_step(data)[0].pred_instances for m in (exported, model))
-        lines.append(compare(found, expected))
+        include_padding(data, model)
+        lines.append(compare(*(m.test_step(data)[0].pred_instances for m in (exported, model))))
     return '\n'.join(lines)
+
+
+def include_padding(data: dict, model: nn.Module) -> None:
+    """Make the padding of a batch a part of its images, as it is for MMDeploy's graph."""
+    padded = model.data_preprocessor(data, False)['data_samples']
+    for sample, batched in zip(data['data_samples'], padded):
+        height, width = batched.batch_input_shape
+        x, y = sample.scale_factor
+        original = math.ceil(height / y), math.ceil(width / x)
+        sample.set_metainfo(dict(img_shape=(height, width), ori_shape=original))
 
 
 def _has_masks(model: Any) -> bool:
@@ -68,7 +81,7 @@ def compare(found: Any, expected: Any) -> str:
     """Say how far detections of score .5 or more are from those that PyTorch finds.
 
     Raises:
-        RuntimeError: If they are others: by half a pixel, by 1e-3 in score, by an IoU
+        RuntimeError: If they differ: by half a pixel, by 1e-3 in score, by an IoU
             of masks below .99, or in number.
     """
     found, expected = found[found.scores >= SURE - 1e-3], expected[expected.scores >= SURE]
