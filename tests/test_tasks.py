@@ -156,8 +156,14 @@ def test_engines_keep_the_metric(classifier, run, tmp_path):
         assert found == pytest.approx(metric, abs=tolerance)
     printed = run('python', f'{tools}/quantize.py', DIGITS, quantized, quantized, code=1)
     assert printed.endswith('is the file to quantize; name another one to write.\n')
+    other = tmp_path / 'other.onnx'
+    printed = run('python', f'{tools}/quantize.py', DIGITS, quantized, other, code=1)
+    assert printed.endswith('quantized.onnx is quantized already.\n')
     printed = run('python', f'{tools}/test.py', DIGITS, checkpoint, code=1)
     assert 'onnxruntime cannot open' in printed
+    run('python', f'{tools}/export_onnx.py', DIGITS, checkpoint, other, '--backbone')
+    printed = run('python', f'{tools}/test.py', DIGITS, other, code=1)
+    assert printed.endswith('other.onnx gives stage4, not logits alone.\n')
 
 
 def test_every_image_is_painted(segmentor, classifier, run, tmp_path):

@@ -78,12 +78,21 @@ def quantize(source: Path, images: Iterator[np.ndarray], target: Path) -> None:
         source: An exported file, of float32.
         images: (B, C, H, W), of which the ranges of the maps are taken.
         target: File to write.
+
+    Raises:
+        ValueError: If ``source`` is not an exported file, or is quantized already.
     """
     import onnx
+    from google.protobuf.message import DecodeError
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    proto = onnx.load(source)
+    try:
+        proto = onnx.load(source)
+    except DecodeError:
+        raise ValueError(f'{source} is not an ONNX file.') from None
+    if any(node.op_type == 'QuantizeLinear' for node in proto.graph.node):
+        raise ValueError(f'{source} is quantized already.')
     inputs = ({proto.graph.input[0].name: image} for image in images)
 
     class Reader(quantization.CalibrationDataReader):

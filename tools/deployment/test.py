@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import onnx
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -56,6 +57,9 @@ def main() -> None:
                         help='of OpenVINO; 8-bit files are so in both')  # fmt: skip
     args = parser.parse_args()
     infer = open_engine(args.engine, args.model, args.precision)
+    outputs = [output.name for output in onnx.load(args.model).graph.output]
+    if outputs != ['logits']:
+        raise ValueError(f'{args.model} gives {", ".join(outputs)}, not logits alone.')
     runner = build_runner(load(args))
     run_in_engine(runner, infer)
     runner.test()
