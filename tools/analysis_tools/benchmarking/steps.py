@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.onnx.utils import export  # the one exporter that torch 2.1 has too
 
 sys.path.append(str(Path(__file__).parents[2] / 'deployment'))
 from engines import open_engine, quantize
@@ -67,6 +66,8 @@ def make_engine_step(
         RuntimeError: If the engine is not installed.
         ValueError: If it, or the processor, lacks the precision.
     """
+    from torch.onnx.utils import export  # the one exporter that torch 2.1 has too
+
     with TemporaryDirectory() as folder:
         path, quantized = Path(folder, 'model.onnx'), Path(folder, 'quantized.onnx')
         export(model, (images,), str(path), opset_version=17, input_names=['images'])
