@@ -16,13 +16,17 @@ from typing import NamedTuple
 
 import mmcv
 import numpy as np
-from sklearn.datasets import load_digits
 
 from lska_mm.cli import make_parser, report_errors
 
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    sys.exit(f'{Path(sys.argv[0]).name}: {error}: pip install scikit-learn')
+
 
 class Digit(NamedTuple):
-    """An image (8, 8) of 17 grey levels from 0 to 16; its number counts those of its label."""
+    """An image (8, 8) of 17 gray levels from 0 to 16; its number counts those of its label."""
 
     image: np.ndarray
     label: int
