@@ -195,10 +195,11 @@ def calmly(measure: Callable, *args: Any) -> Any:
 def engine_rows(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
     """Engine, precision and model of each row that is asked for beside PyTorch's."""
     rows = {}
-    for option, engine in ENGINES.items():
-        for graph in ('plain', 'deployed') if getattr(args, option) else ():
-            rows[f'{option}-{graph}'] = engine, 'f32', graph
-        for precision in args.precisions if getattr(args, option) else ():
+    for option in filter(vars(args).get, ENGINES):
+        engine = ENGINES[option]
+        rows[f'{option}-plain'] = engine, 'f32', 'plain'
+        rows[f'{option}-deployed'] = engine, 'f32', 'deployed'
+        for precision in args.precisions:
             if (engine, precision) != ('onnxruntime', 'bf16'):  # which has none on a CPU
                 rows[f'{option}-{precision}'] = engine, precision, 'deployed'
     return rows

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
 
-from engines import INSTALLED, open_engine
+from engines import INSTALLED, Inference, open_engine
 from lska_mm.cli import (
     add_cfg_options,
     ending,
@@ -133,9 +133,9 @@ def add_metadata(path: Path, cfg: Config) -> None:
     onnx.save(proto, path)
 
 
-def compare(engine: str, path: Path, graph: Graph, images: Tensor) -> float:
+def compare(infer: Inference, graph: Graph, images: Tensor) -> float:
     """Largest difference of an engine's outputs from PyTorch's, relative to the largest."""
-    found = open_engine(engine, path)(images.numpy())
+    found = infer(images.numpy())
     with torch.no_grad():
         expected = [out.numpy() for out in graph(images)]
     return max(
@@ -176,8 +176,9 @@ def export(
             output_names=graph.output_names, dynamic_axes=axes,
         )  # fmt: skip
         add_metadata(part, cfg)
-        for engine, inputs in itertools.product(INSTALLED, (images, others)):
-            difference = compare(engine, part, graph, inputs)
+        engines = {name: open_engine(name, part) for name in INSTALLED}
+        for engine, inputs in itertools.product(engines, (images, others)):
+            difference = compare(engines[engine], graph, inputs)
             print(f'{tuple(inputs.shape)}: largest difference {difference:.1e} in {engine}')
             if not difference <= TOLERANCE:
                 raise RuntimeError(
