@@ -8,7 +8,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .eager import is_untouched
+from .eager import is_eager_cpu, is_untouched
 from .layers import (
     DepthwiseConv2d,
     PointwiseConv2d,
@@ -96,7 +96,7 @@ class Block(BaseModule):
         if not (self.training or torch.is_grad_enabled()):
             return torch.addcmul(x, branch(norm(x)), scale[:, None, None])
         run: Callable[..., Tensor] = branch
-        if not is_untouched(branch, Attention, MLP):
+        if not (is_eager_cpu(x) and is_untouched(branch, Attention, MLP)):
 
             def run(x: Tensor, scale: Tensor) -> Tensor:
                 return branch(x) * scale[:, None, None]

@@ -1,5 +1,6 @@
-"""Whether a faster way may be taken: where it runs eagerly on a CPU, and nobody can tell."""
+"""Whether a faster way may be taken: where nobody can tell but by the time it takes."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -16,18 +17,44 @@ else:  # torch 2.1
 
     is_autocast = torch.is_autocast_cpu_enabled
 
+depthwise: Any = None  # kernels for a GPU, if there is one, and Triton
+if torch.version.cuda and torch.cuda.is_available():
+    with contextlib.suppress(ImportError):
+        from . import depthwise  # type: ignore[no-redef]
+
 FEW = 1024  # pixels up to which a product of matrices is faster than a 1 x 1 convolution
+
+
+def is_eager(x: Any) -> bool:
+    """Tell whether what is called now is computed now."""
+    return (
+        not (is_compiling() or torch.jit.is_tracing())
+        and type(x) in (Tensor, nn.Parameter)  # no tracer's, no other class
+        and x.numel() > 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def is_eager_cpu(x: Any) -> bool:
     """Tell whether oneDNN computes now what is called now."""
-    return (
-        not (is_compiling() or torch.jit.is_tracing())
-        and type(x) in (Tensor, nn.Parameter)  # no tracer's, no other class
-        and x.is_cpu
-        and x.numel() > 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return is_eager(x) and x.is_cpu
+
+
+def has_kernels(x: Any) -> bool:
+    """Tell whether the kernels of `depthwise` are for ``x``: eagerly and in compiled graphs."""
+    if depthwise is None or not isinstance(x, Tensor) or not x.is_cuda:
+        return False
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    if is_compiling():
+        return not torch.compiler.is_exporting()
+    modes = torch._C._len_torch_dispatch_stack()  # that count, say, and do not know the kernels
+    return is_eager(x) and not modes and depthwise.works(x.get_device())
+
+
+def prefers_channels_last(x: Any) -> bool:
+    """Tell whether the layers are faster for maps that are in memory as (B, H, W, C)."""
+    return is_eager_cpu(x) or has_kernels(x)
 
 
 def is_channels_last(x: Any) -> bool:

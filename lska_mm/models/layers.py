@@ -1,8 +1,9 @@
-"""What the backbone is made of, as fast as a CPU does it.
+"""What the backbone is made of, as fast as a CPU and a GPU do it.
 
 Each function is what its name says. Where it runs eagerly on a CPU, and nobody
 listens to or has changed the modules concerned, it takes a faster way to the same
-result. Graphs that are traced or compiled, and other devices, get the plain operators.
+result. On an NVIDIA GPU depth-wise convolutions are those of `depthwise`, in compiled
+graphs too. Graphs that are traced, and other devices, get the plain operators.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .eager import (
     can_fuse,
+    depthwise,
     has_few_pixels,
+    has_kernels,
     is_autocast,
     is_channels_last,
     is_eager_cpu,
@@ -141,9 +144,19 @@ class PointwiseConv2d(nn.Conv2d):
         if scale is not None:
             assert bias is not None
             weight, bias = weight * scale[:, None, None, None], bias * scale
-        if not has_few_pixels(x):
-            return F.conv2d(x, weight, bias)
+        return _pointwise(x, weight, bias)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1 x 1 convolution, or the same as a product of matrices where that is faster."""
+    if has_few_pixels(x) or (is_channels_last(x) and _is_half(x) and has_kernels(x)):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
+
+
+def _is_half(x: Tensor) -> bool:
+    """Tell whether half precision is computed on a GPU: float32 has TF32 in convolutions alone."""
+    return x.dtype != torch.float32 or torch.is_autocast_enabled()
 
 
 class PackedConv2d(nn.Conv2d):
@@ -180,7 +193,11 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W)."""
-        return _convolve(self, x, 'none') if can_fuse(x) else super().forward(x)
+        if can_fuse(x):
+            return _convolve(self, x, 'none')
+        if self.kernel_size == (1, 1):
+            return _pointwise(x, self.weight, self.bias)
+        return super().forward(x)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != '_packed'}
@@ -206,6 +223,8 @@ class DepthwiseConv2d(nn.Conv2d):
         """Convolve (B, C, H, W)."""
         height, width = self.kernel_size
         dilation = self.dilation[0]
+        if self._has_kernel(x):
+            return depthwise.convolve(x, self.weight, self.bias, dilation)
         if not is_eager_cpu(x) or min(height, width) > 1:
             return super().forward(x)
         if width == 1:
@@ -216,6 +235,18 @@ class DepthwiseConv2d(nn.Conv2d):
         rows = x.permute(0, 2, 3, 1).reshape(b * h, w, 1, c).permute(0, 3, 1, 2)
         rows = _convolve_columns(rows, self.weight.transpose(2, 3), self.bias, dilation)
         return rows.permute(0, 2, 3, 1).reshape(b, h, w, c).permute(0, 3, 1, 2)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Tell whether a GPU's kernel is for ``x`` and the weights."""
+        weight = self.weight
+        return (
+            has_kernels(x)
+            and x.shape[1:2] == weight.shape[:1]
+            and x.device == weight.device
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled())
+            and weight[0].numel() <= depthwise.MOST_TAPS
+            and self.bias is not None
+        )
 
 
 def _convolve_columns(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:

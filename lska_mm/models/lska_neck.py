@@ -7,7 +7,7 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .eager import is_channels_last, is_eager_cpu
+from .eager import is_channels_last, prefers_channels_last
 from .lska import Attention, check_channels
 
 
@@ -60,7 +60,7 @@ class LSKANeck(BaseModule):
         for i, (x, block) in enumerate(zip(inputs, self.blocks)):
             check_channels(x, self.in_channels[i], f'Block {i} of LSKANeck')
             layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-            if is_eager_cpu(x):
+            if prefers_channels_last(x):
                 x = x.contiguous(memory_format=torch.channels_last)
             outs.append(block(x).contiguous(memory_format=layout))
         return tuple(outs)

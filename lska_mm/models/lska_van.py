@@ -22,7 +22,7 @@ from ..weights.match import adapt_state_dict
 from .archs import parse_arch, parse_kernel_size, parse_out_indices
 from .block import Block, PatchEmbed
 from .deploy import FusedBlock, affine, fold, pack
-from .eager import is_channels_last, is_eager_cpu
+from .eager import is_channels_last, prefers_channels_last
 from .layers import norm_channels
 
 
@@ -135,7 +135,7 @@ class LSKAVAN(BaseModule):
             rounded up; channels_last where ``x`` is.
         """
         layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        if is_eager_cpu(x):
+        if prefers_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i in range(self.num_stages):

@@ -6,6 +6,8 @@ import io
 import pytest
 import torch
 
+from conftest import trained
+
 from .conftest import assert_close, assert_close_gradients, gradients, on, wave
 
 
@@ -80,18 +82,19 @@ def test_graph_of_training(device, build, images):
 
 
 @pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
-def test_compiled(device, build, images, mode):
+def test_compiled(device, images, mode):
+    """A small one: to compile a whole one takes a minute."""
     how = dict(mode=mode) if device.type == 'cuda' else dict(backend='aot_eager')
     images = images.to(device)
     with torch.no_grad():
-        backbone = build().to(device)
+        backbone = trained().to(device)
         expected = backbone(images)
         run = torch.compile(backbone, fullgraph=True, **how)
         for _ in range(3):  # the third is the one that is replayed
             found = [out.clone() for out in run(images)]
         assert_close(found, expected, 1e-4)
 
-    backbone = build().train().to(device)
+    backbone = trained().train().to(device)
     expected = gradients(on(device, backbone), images)
     run = torch.compile(on(device, backbone), fullgraph=True, dynamic=False, **how)
     for _ in range(3):

@@ -43,29 +43,27 @@ class Case(NamedTuple):
     compiled: bool = False  # compiled models beside the others
 
 
-SHAPES = ((32, (224, 224)), (2, (800, 1216)), (1, (224, 224)))
+MANY, LARGE, MOST, ONE = (32, (224, 224)), (2, (800, 1216)), (128, (224, 224)), (1, (224, 224))
 ARCHS = ('tiny', 'base')
 
 
 def plan() -> Iterator[Case]:
     """List what is measured, the most telling first."""
-    modes, layouts = (False, True), tuple(LAYOUTS)
-    for arch, train, shape, layout in itertools.product(ARCHS, modes, SHAPES, layouts):
-        yield Case(arch, 23, *shape, 'bf16', layout, train)
-    for train in modes:
-        yield Case('tiny', 23, *SHAPES[0], 'bf16', 'NCHW', train, compiled=True)
-    for shape, precision, arch, train, layout in itertools.product(
-        SHAPES, ('fp16', 'fp32'), ARCHS, modes, layouts
-    ):
-        yield Case(arch, 23, *shape, precision, layout, train)
+    modes = (True, False)
+    for arch, train, shape in itertools.product(ARCHS, modes, (MANY, MOST, LARGE, ONE)):
+        if not (train and shape is ONE):
+            yield Case(arch, 23, *shape, 'bf16', 'NCHW', train)
+    yield Case('tiny', 23, *MANY, 'bf16', 'NCHW', True, compiled=True)
+    for arch, train in itertools.product(ARCHS, modes):
+        yield Case(arch, 23, *MANY, 'fp32', 'NCHW', train)
+        yield Case(arch, 23, *MANY, 'bf16', 'channels_last', train)
+    yield Case('tiny', 23, *MANY, 'bf16', 'NCHW', False, compiled=True)
+    for arch, train in itertools.product(ARCHS, modes):
+        yield Case(arch, 23, *MANY, 'fp16', 'NCHW', train)
     for k, arch, train in itertools.product((53, 7), ARCHS, modes):
-        yield Case(arch, k, *SHAPES[0], 'bf16', 'NCHW', train)
+        yield Case(arch, k, *MANY, 'bf16', 'NCHW', train)
     for train in modes:
-        yield Case('base', 23, *SHAPES[0], 'bf16', 'NCHW', train, compiled=True)
-    for train in modes:
-        yield Case('tiny', 23, *SHAPES[0], 'bf16', 'channels_last', train, compiled=True)
-    for k, arch, train, shape in itertools.product((53, 7), ARCHS, modes, SHAPES[1:]):
-        yield Case(arch, k, *shape, 'bf16', 'NCHW', train)
+        yield Case('base', 23, *MANY, 'bf16', 'NCHW', train, compiled=True)
 
 
 class Device:
@@ -95,7 +93,10 @@ class Device:
     def _matmul_rate(self, dtype: torch.dtype) -> float:
         side = 8192 if self.is_gpu else 256
         a = torch.rand(side, side, device=self.device).to(dtype)
-        return side**3 / 1e-3 / min(self.milliseconds(lambda: a @ a) for _ in range(5))
+        torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions may, by default
+        fastest = min(self.milliseconds(lambda: a @ a) for _ in range(5))
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return side**3 / 1e-3 / fastest
 
     def _copy_rate(self) -> float:
         a = torch.empty(2**28 if self.is_gpu else 2**20, dtype=torch.uint8, device=self.device)
@@ -150,24 +151,21 @@ def measure(case: Case, models: dict[str, nn.Module], device: Device) -> list[di
     """A row for each model: milliseconds, ratio to the plain one, limit on paper, memory."""
     images = make_images(case, device)
     dtype = None if case.precision == 'fp32' else TYPES[case.precision]
-    steps, owners = {}, {}
+    steps = {}
     for name, model in models.items():
         model.to(device.device, memory_format=LAYOUTS[case.layout])
         model.train(case.train)
         steps[name] = make_step(model, images, case.train, dtype)
-        owners[name] = model
-        if case.compiled and name not in ('van', 'with_cp'):
+    for name in [name for name in steps if name not in ('van', 'with_cp')]:
+        steps[f'{name} graph'] = device.capture(steps[name])
+        if case.compiled:
             torch.compiler.reset()
-            step = make_step(model, images, case.train, dtype, device.compile(model))
-            variants = {
-                f'{name} graph': device.capture(steps[name]),
-                f'{name} compiled': step,
-            }
+            run = device.compile(models[name])
+            step = make_step(models[name], images, case.train, dtype, run)
             for _ in range(WARM_UP):
                 step()
-            variants[f'{name} compiled graph'] = device.capture(step)
-            steps.update(variants)
-            owners.update(dict.fromkeys(variants, model))
+            steps[f'{name} compiled'] = step
+            steps[f'{name} compiled graph'] = device.capture(step)
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
@@ -176,9 +174,9 @@ def measure(case: Case, models: dict[str, nn.Module], device: Device) -> list[di
         for name, step in steps.items():
             times[name].append(device.milliseconds(step))
     plain = statistics.median(times['plain'])
+    limit, kernels = paper(models['default'], images.to(TYPES[case.precision]), case, device)
     rows = []
     for name, values in times.items():
-        limit, kernels = paper(owners[name], images.to(TYPES[case.precision]), case, device)
         median = statistics.median(values)
         low, _, high = statistics.quantiles(values, n=4)
         rows.append(
@@ -187,23 +185,19 @@ def measure(case: Case, models: dict[str, nn.Module], device: Device) -> list[di
                 height=case.size[0], width=case.size[1], precision=case.precision,
                 layout=case.layout, train=case.train, model=name, milliseconds=median,
                 spread=(high - low) / 2 / median, ratio=plain / median, limit=limit,
-                share=limit / median, kernels=kernels, memory=peak(steps[name], device),
+                share=limit / median, kernels=kernels,
+                memory=None if 'graph' in name else peak(steps[name], device),
             )
         )  # fmt: skip
     return rows
 
 
 def paper(model: nn.Module, images: torch.Tensor, case: Case, device: Device) -> tuple:
-    """Milliseconds of the limit, and the number of kernels; counted once for each model."""
+    """Milliseconds of the limit of a model, and its number of kernels."""
     if case.train and torch.__version__.startswith('2.1.'):
         return math.nan, 0  # it cannot recompute on the meta device
-    key = (*case[:5], case.train)
-    counted = model.__dict__.setdefault('_on_paper', {})
-    if key not in counted:
-        found = operators(model, images, case.train)
-        limit = least_milliseconds(found, device.copy_rate, device.rates[case.precision])
-        counted[key] = limit, len(found)
-    return counted[key]
+    found = operators(model, images, case.train)
+    return least_milliseconds(found, device.copy_rate, device.rates[case.precision]), len(found)
 
 
 def peak(step: Callable[[], Any], device: Device) -> float | None:
@@ -232,6 +226,13 @@ def run(build: Callable, out: Path, seconds: float, name: str = 'cuda', cases: A
     begin, device = time.perf_counter(), Device(name)
     rows, left, profiles = [], [], {}
     build = functools.lru_cache(maxsize=1)(build)
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name() if device.is_gpu else 'CPU'
+    rates = ', '.join(f'{key} {rate / 1e12:.1f}' for key, rate in device.rates.items())
+    machine = (
+        f'{gpu}, torch {torch.__version__}, TF32 in convolutions; copies '
+        f'{device.copy_rate / 1e12:.2f} TB/s, matrix products, 1e12 multiply-adds/s: {rates}'
+    )
     for case in cases or plan():
         if time.perf_counter() - begin > seconds:
             left.append(case)
@@ -245,25 +246,19 @@ def run(build: Callable, out: Path, seconds: float, name: str = 'cuda', cases: A
             continue
         rows += found
         print(table(found), flush=True)
-        usual = case[1:5] == (23, *SHAPES[0], 'bf16') and not case.compiled
+        usual = case[1:5] == (23, *MANY, 'bf16') and not case.compiled
         if usual and case.train:
             images = make_images(case, device)
             for key in ('plain', 'default'):
                 step = make_step(models[key], images, case.train, TYPES[case.precision])
                 profiles[f'{key}, {case.arch}, {case.layout}'] = device.profile(step)
-    gpu = torch.cuda.get_device_name() if device.is_gpu else 'CPU'
-    rates = ', '.join(f'{key} {rate / 1e12:.1f}' for key, rate in device.rates.items())
-    head = (
-        f'{gpu}, torch {torch.__version__}, TF32 off; copies {device.copy_rate / 1e12:.2f} TB/s, '
-        f'matrix products, 1e12 multiply-adds/s: {rates}; {len(left)} combinations left out'
-    )
+        kept = {key: {' '.join(k): v for k, v in c.items()} for key, c in profiles.items()}
+        content = dict(
+            machine=machine, rows=rows, profiles=kept, left_out=[case._asdict() for case in left]
+        )
+        (out / 'benchmark.json').write_text(json.dumps(content, indent=1))
+    head = f'{machine}; {len(left)} combinations left out'
     text = '\n\n'.join([head, table(rows), *([profile_table(profiles)] if profiles else [])])
-    out.mkdir(parents=True, exist_ok=True)
-    kept = {key: {' '.join(k): v for k, v in c.items()} for key, c in profiles.items()}
-    content = dict(
-        machine=head, rows=rows, profiles=kept, left_out=[case._asdict() for case in left]
-    )
-    (out / 'benchmark.json').write_text(json.dumps(content, indent=1))
     (out / 'benchmark.md').write_text(f'{text}\n')
     plot(rows, out / 'benchmark.png')
     return text

@@ -32,7 +32,7 @@ def make_step(
     Returns:
         A function without arguments; it returns the outputs, or the gradients.
     """
-    run = run or model
+    run = model if run is None else run  # a compiled model has a length, which may fail
 
     def step() -> Any:
         if train:

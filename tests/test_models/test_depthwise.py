@@ -1,0 +1,81 @@
+"""The kernels for a GPU, by Triton's interpreter, which needs none."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+CONVOLUTIONS = """
+import torch
+from lska_mm.models import depthwise
+depthwise.TILE, depthwise.TILE_OF_WEIGHTS = 512, 256  # several tiles, and shares
+torch.manual_seed(0)
+for rows, columns, dilation in [(1, 5, 1), (7, 1, 3), (3, 3, 1), (1, 17, 3)]:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, grad = (torch.randn(2, 5, 9, 7).contiguous(memory_format=layout) for _ in range(2))
+        weight, bias = torch.randn(5, 1, rows, columns), torch.randn(5)
+        inputs = [t.requires_grad_() for t in (x, weight, bias)]
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        padding = dilation * (rows // 2), dilation * (columns // 2)
+        expected = torch.nn.functional.conv2d(*exact, 1, padding, dilation, 5)
+        found = depthwise.convolve(*inputs, dilation)
+        assert found.stride() == x.stride()
+        pairs = [(found, expected)]
+        pairs += zip(torch.autograd.grad(found, inputs, grad),
+                     torch.autograd.grad(expected, exact, grad.double(), create_graph=True))
+        for one, other in pairs:
+            assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+        twice = torch.autograd.grad(depthwise.convolve(*inputs, dilation), x, grad,
+                                    create_graph=True)[0].square().sum()
+        torch.autograd.grad(twice, weight)
+        half = depthwise.convolve(x.bfloat16(), weight, bias, dilation)
+        assert half.dtype == torch.bfloat16
+        assert (half - expected).abs().max() <= 1e-2 * expected.abs().max()
+print('equal')
+"""
+MODEL = """
+import torch
+from conftest import trained
+from lska_mm.models import block, depthwise, eager, layers, lska_van
+depthwise.TILE = depthwise.TILE_OF_WEIGHTS = 4096
+plain = trained().train()
+images = torch.rand(2, 3, 32, 32)
+def outputs(model):
+    outs = model(images)
+    sum((out * out).mean() for out in outs).backward()
+    return [out.detach() for out in outs], [p.grad for p in model.parameters()]
+import copy
+other = copy.deepcopy(plain)
+expected, used = outputs(plain), []
+def has_kernels(x):
+    used.append(x)
+    return True
+eager.has_kernels = layers.has_kernels = has_kernels
+layers.depthwise = depthwise
+for module in (block, eager, layers):
+    module.is_eager_cpu = lambda x: False
+found = outputs(other)
+assert used
+for ones, others in zip(found, expected):
+    largest = max(t.abs().max() for t in others)
+    for one, other in zip(ones, others, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * largest
+print('equal')
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('triton') or torch.__version__ < '2.6',
+                    reason='the kernels need torch 2.6, and Triton')  # fmt: skip
+@pytest.mark.parametrize('code', [CONVOLUTIONS, MODEL], ids=['convolutions', 'model'])
+def test_by_the_interpreter(code):
+    environment = dict(TRITON_INTERPRET='1', PYTHONPATH=str(ROOT / 'tests'), OMP_NUM_THREADS='1')
+    result = subprocess.run(
+        [sys.executable, '-c', code], env={**os.environ, **environment}, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert result.stdout.endswith('equal\n'), result.stdout[-3000:]
