@@ -13,7 +13,9 @@ from .layers import (
     DepthwiseConv2d,
     PointwiseConv2d,
     bottleneck,
+    can_activate_again,
     can_replace,
+    conv_of_gelu,
     gelu,
     recompute,
     scaled,
@@ -51,20 +53,15 @@ class MLP(BaseModule):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        if scale is None:
-            convs = self.fc1, self.dwconv, self.fc2
-            drops = self.drop.training or not is_untouched(self.drop, nn.Dropout)
-            if can_replace(x, *convs) and not drops:
-                return bottleneck(*convs, x)
-            return self.drop(self.fc2(self.drop(gelu(self.dwconv(self.fc1(x))))))
-        hidden = self.dwconv(self.fc1(x))
-        if is_untouched(self.fc2, PointwiseConv2d) and is_untouched(self.drop, nn.Dropout):
-            # Activated again in the backward pass: the widest map is kept once, not twice.
-            return recompute(self._tail, hidden, scale, random=self.drop.p > 0)
-        return self._tail(hidden, scale)
-
-    def _tail(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self.drop(scaled(self.fc2, self.drop(gelu(x)), scale))
+        fc1, dwconv, fc2, drop = self.fc1, self.dwconv, self.fc2, self.drop
+        drops = not is_untouched(drop, nn.Dropout) or (drop.training and drop.p > 0)
+        if can_replace(x, fc1, dwconv, fc2) and not drops and scale is None:
+            return bottleneck(fc1, dwconv, fc2, x)
+        hidden = dwconv(fc1(x))
+        if can_activate_again(hidden, fc2) and not drops:
+            return conv_of_gelu(fc2, hidden, scale)
+        hidden = drop(gelu(hidden))
+        return drop(fc2(hidden) if scale is None else scaled(fc2, hidden, scale))
 
 
 class Block(BaseModule):
@@ -103,7 +100,7 @@ class Block(BaseModule):
 
         if self.with_cp and self.training:
             # The norm stays outside: recomputed, it would count a batch twice.
-            return x + self.drop_path(recompute(run, norm(x), scale, random=True))
+            return x + self.drop_path(recompute(run, norm(x), scale))
         return x + self.drop_path(run(norm(x), scale))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Depth-wise convolutions on an NVIDIA GPU, in Triton.
+"""Depth-wise convolutions of maps in channels_last on an NVIDIA GPU, in Triton.
 
-PyTorch's own take 4 to 40 times what the memory needs (docs/performance.md). These read
-a map a tile of pixels and channels at a time, in either layout, take the weights as they
-are stored, in whatever precision the map is, and compute in float32.
+PyTorch's own take ten times what the memory needs, and more (docs/performance.md).
+These take weights as they are stored, whatever the precision of the map, and add in
+float32. A tile is of pixels, counted through all images, and of channels.
 """
 
 import functools
@@ -17,50 +17,37 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import triton_op, wrap_triton
 
+LAST = torch.channels_last
 MOST_TAPS = 32  # of a kernel; larger ones are left to PyTorch
-TILE, WARPS = 4096, 4  # numbers in a tile of a map, and warps that compute it
-TILE_OF_WEIGHTS, WARPS_OF_WEIGHTS = 512, 4  # of the weights' gradient
-PROGRAMS = 1024  # of the weights' gradient, about
-GROUP = tl.constexpr(4)  # taps whose gradients are summed by a program
+TILE, TILE_OF_WEIGHTS = 4096, 512  # numbers in a tile: of a map, and for the weights' gradients
+PROGRAMS = 1024  # that add up the weights' gradients, about
+GROUP = tl.constexpr(4)  # taps whose gradients a program adds up
 
 
 @triton.jit
-def _locate(n, c, area, width, batch_stride, channel_stride, pixel_stride):
-    """Offset, row and column of the n-th pixel of all images."""
-    image = n // area
-    pixel = n - image * area
-    row = pixel // width
-    here = image.to(tl.int64) * batch_stride + pixel * pixel_stride + c * channel_stride
-    return here, row, pixel - row * width
-
-
-@triton.jit
-def _tap(x, here, row, column, inside, dy, dx, height, width, pixel_stride):
-    """The values that lie dy rows and dx columns from those that are computed."""
+def _tap(x, here, row, column, inside, dy, dx, height, width, channels):
+    """The values dy rows and dx columns from those that are computed."""
     row, column = row + dy, column + dx
     inside = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    place = x + here + (dy * width + dx) * pixel_stride
-    return tl.load(place, mask=inside, other=0).to(tl.float32)
+    return tl.load(x + here + (dy * width + dx) * channels, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
 def _convolve(
     x, weight, bias, out, height, width, channels, pixels,
-    batch_stride, channel_stride, pixel_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr, TURNED: tl.constexpr,
     TILE_PIXELS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """The convolution; with its kernel turned by 180 degrees, and no bias, its gradient."""
     n = tl.program_id(0) * TILE_PIXELS + tl.arange(0, TILE_PIXELS)[:, None]
     c = tl.program_id(1) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)[None, :]
     inside = (n < pixels) & (c < channels)
-    here, row, column = _locate(
-        n, c, height * width, width, batch_stride, channel_stride, pixel_stride
-    )
+    here, row, column = n.to(tl.int64) * channels + c, n // width % height, n % width
     total = tl.zeros([TILE_PIXELS, TILE_CHANNELS], tl.float32)
     for i in tl.static_range(ROWS):
         for j in tl.static_range(COLUMNS):
             dy, dx = (i - ROWS // 2) * DILATION, (j - COLUMNS // 2) * DILATION
-            value = _tap(x, here, row, column, inside, dy, dx, height, width, pixel_stride)
+            value = _tap(x, here, row, column, inside, dy, dx, height, width, channels)
             tap = i * COLUMNS + j
             if TURNED:
                 tap = ROWS * COLUMNS - 1 - tap
@@ -72,54 +59,54 @@ def _convolve(
 
 
 @triton.jit
-def _sum_taps(
+def _store_sum(out, total, c, tap, channels, TAPS: tl.constexpr):
+    place = out + c * TAPS + tap
+    tl.store(place, tl.sum(total, 0)[None, :], mask=(c < channels) & (tap < TAPS))
+
+
+@triton.jit
+def _sum_gradients(
     x, grad, out, height, width, channels, pixels, share,
-    batch_stride, channel_stride, pixel_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr,
     TILE_PIXELS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of GROUP taps, and of the bias, from a share of the pixels."""
+    """The gradients of GROUP taps, and of the bias, from a share of the pixels."""
     c = tl.program_id(1) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)[None, :]
     first = tl.program_id(2) * GROUP
-    total_0 = tl.zeros([TILE_PIXELS, TILE_CHANNELS], tl.float32)
-    total_1, total_2, total_3, total_bias = total_0, total_0, total_0, total_0
+    bias = tl.zeros([TILE_PIXELS, TILE_CHANNELS], tl.float32)
+    sum_0, sum_1, sum_2, sum_3 = bias, bias, bias, bias
     for start in range(0, share, TILE_PIXELS):
         n = tl.program_id(0) * share + start + tl.arange(0, TILE_PIXELS)[:, None]
         inside = (n < pixels) & (c < channels)
-        here, row, column = _locate(
-            n, c, height * width, width, batch_stride, channel_stride, pixel_stride
-        )
+        here, row, column = n.to(tl.int64) * channels + c, n // width % height, n % width
         above = tl.load(grad + here, mask=inside, other=0).to(tl.float32)
-        total_bias += above
+        bias += above
         for i in tl.static_range(GROUP):
             tap = first + i
             dy = (tap // COLUMNS - ROWS // 2) * DILATION
             dx = (tap % COLUMNS - COLUMNS // 2) * DILATION
             known = inside & (tap < ROWS * COLUMNS)
-            value = above * _tap(x, here, row, column, known, dy, dx, height, width, pixel_stride)
+            value = above * _tap(x, here, row, column, known, dy, dx, height, width, channels)
             if i == 0:
-                total_0 += value
+                sum_0 += value
             elif i == 1:
-                total_1 += value
+                sum_1 += value
             elif i == 2:
-                total_2 += value
+                sum_2 += value
             else:
-                total_3 += value
+                sum_3 += value
     out += tl.program_id(0) * channels * (ROWS * COLUMNS + 1)
-    for i in tl.static_range(GROUP):
-        tap = first + i
-        if i == 0:
-            total = tl.sum(total_0, 0)
-        elif i == 1:
-            total = tl.sum(total_1, 0)
-        elif i == 2:
-            total = tl.sum(total_2, 0)
-        else:
-            total = tl.sum(total_3, 0)
-        place = out + c * (ROWS * COLUMNS) + tap
-        tl.store(place, total[None, :], mask=(c < channels) & (tap < ROWS * COLUMNS))
-    place = out + channels * (ROWS * COLUMNS) + c
-    tl.store(place, tl.sum(total_bias, 0)[None, :], mask=(c < channels) & (first == 0))
+    _store_sum(out, sum_0, c, first, channels, ROWS * COLUMNS)
+    _store_sum(out, sum_1, c, first + 1, channels, ROWS * COLUMNS)
+    _store_sum(out, sum_2, c, first + 2, channels, ROWS * COLUMNS)
+    _store_sum(out, sum_3, c, first + 3, channels, ROWS * COLUMNS)
+    _store_sum(out + channels * (ROWS * COLUMNS), bias, c, first, channels, 1)
+
+
+def _tile(channels: int, numbers: int) -> tuple[int, int]:
+    """Pixels and channels of a tile."""
+    width = min(64, 1 << (channels - 1).bit_length())
+    return numbers // width, width
 
 
 def _parts(whole: int, part: int) -> int:
@@ -127,47 +114,29 @@ def _parts(whole: int, part: int) -> int:
     return -(-whole // part)
 
 
-def _tile(x: Tensor, numbers: int) -> tuple[int, int]:
-    """Pixels and channels of a tile: neighbors in memory."""
-    if x.is_contiguous():
-        return numbers, 1
-    channels = min(64, 1 << (x.shape[1] - 1).bit_length())
-    return numbers // channels, channels
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Of images, channels and pixels."""
-    return x.stride(0), x.stride(1), 1 if x.is_contiguous() else x.shape[1]
-
-
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor, dilation: int, turned: bool, wrap: Any
 ) -> Tensor:
     batch, channels, height, width = x.shape
-    rows, columns = weight.shape[2:]
-    pixels, out = batch * height * width, torch.empty_like(x)
-    tile = _tile(x, TILE)
+    pixels, tile, out = batch * height * width, _tile(channels, TILE), torch.empty_like(x)
     wrap(_convolve)[_parts(pixels, tile[0]), _parts(channels, tile[1])](
-        x, weight, bias, out, height, width, channels, pixels, *_strides(x),
-        rows, columns, dilation, turned, *tile, num_warps=WARPS,
+        x, weight, bias, out, height, width, channels, pixels,
+        *weight.shape[2:], dilation, turned, *tile,
     )  # fmt: skip
     return out
 
 
-def _weight_gradients(
-    x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int, wrap: Any
-) -> Tensor:
+def _gradients(x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int, wrap: Any):
     batch, channels, height, width = x.shape
-    pixels, tile = batch * height * width, _tile(x, TILE_OF_WEIGHTS)
+    pixels, tile = batch * height * width, _tile(channels, TILE_OF_WEIGHTS)
     blocks, groups = _parts(channels, tile[1]), _parts(rows * columns, GROUP.value)
     shares = max(1, min(_parts(pixels, tile[0]), PROGRAMS // (blocks * groups)))
     share = _parts(_parts(pixels, shares), tile[0]) * tile[0]
     shares = _parts(pixels, share)
     out = torch.empty(shares, channels * (rows * columns + 1), device=x.device)
-    wrap(_sum_taps)[shares, blocks, groups](
-        x, grad, out, height, width, channels, pixels, share, *_strides(x),
-        rows, columns, dilation, *tile, num_warps=WARPS_OF_WEIGHTS,
-    )  # fmt: skip
+    wrap(_sum_gradients)[shares, blocks, groups](
+        x, grad, out, height, width, channels, pixels, share, rows, columns, dilation, *tile
+    )
     return out.sum(0)
 
 
@@ -178,11 +147,9 @@ def _convolution_in_graph(
     return _convolution(x, weight, bias, dilation, turned, wrap_triton)
 
 
-@triton_op('lska_mm::depthwise_weight_gradients', mutates_args=())
-def _weight_gradients_in_graph(
-    x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int
-) -> Tensor:
-    return _weight_gradients(x, grad, rows, columns, dilation, wrap_triton)
+@triton_op('lska_mm::depthwise_gradients', mutates_args=())
+def _gradients_in_graph(x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int) -> Tensor:
+    return _gradients(x, grad, rows, columns, dilation, wrap_triton)
 
 
 def _run(eager: Any, in_graph: Any, x: Tensor, *args: Any) -> Tensor:
@@ -209,20 +176,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
             False, (0, 0), channels, needed[:3],
         ), None, None  # fmt: skip
     grad_x = grad_weight = grad_bias = None
-    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    grad = grad.contiguous(memory_format=layout)
+    grad = grad.contiguous(memory_format=LAST)
     if needed[0]:
         grad_x = _run(_convolution, _convolution_in_graph, grad, weight, weight, dilation, True)
     if any(needed[1:3]):
-        found = _run(
-            _weight_gradients, _weight_gradients_in_graph, x, grad, rows, columns, dilation
-        ).to(weight.dtype)
+        found = _run(_gradients, _gradients_in_graph, x, grad, rows, columns, dilation)
+        found = found.to(weight.dtype)
         grad_weight, grad_bias = found[: weight.numel()].view_as(weight), found[weight.numel() :]
     return grad_x, grad_weight, grad_bias, None, None
 
 
+_convolution_in_graph.register_autograd(_backward, setup_context=_save)
+
+
 class _Convolution(torch.autograd.Function):
-    """The op above without its dispatch, which takes longer than a kernel."""
+    """The same without PyTorch's dispatch, which takes longer than a kernel."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -231,9 +199,6 @@ class _Convolution(torch.autograd.Function):
         return out
 
     backward = staticmethod(_backward)
-
-
-_convolution_in_graph.register_autograd(_backward, setup_context=_save)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
@@ -246,14 +211,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
         dilation: Of both axes.
 
     Returns:
-        (B, C, H, W), in the precision of ``x`` or of autocast, in the layout of ``x``.
+        (B, C, H, W) in channels_last, in the precision of ``x`` or of autocast.
     """
     if torch.is_autocast_enabled('cuda'):
         x = x.to(torch.get_autocast_dtype('cuda'))
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        x = x.contiguous()
     run = _convolution_in_graph if is_compiling() else _Convolution.apply
-    return run(x, weight, bias, dilation, False)
+    return run(x.contiguous(memory_format=LAST), weight, bias, dilation, False)
 
 
 @functools.cache
@@ -266,7 +229,7 @@ def works(gpu: int) -> bool:
         convolve(x, x, x.flatten(), 1)
     except Exception as error:
         print_log(
-            f'LSKA-VAN takes PyTorch\'s depth-wise convolutions on GPU {gpu}, which are several '
+            f"LSKA-VAN takes PyTorch's depth-wise convolutions on GPU {gpu}, which are several "
             f'times as slow as its own: {error}', 'current', logging.WARNING,
         )  # fmt: skip
         return False

@@ -22,6 +22,7 @@ if torch.version.cuda and torch.cuda.is_available():
     with contextlib.suppress(ImportError):
         from . import depthwise  # type: ignore[no-redef]
 
+LARGE = 2**24  # numbers of images from which a GPU computes for longer than its host launches
 FEW = 1024  # pixels up to which a product of matrices is faster than a 1 x 1 convolution
 
 
@@ -41,7 +42,7 @@ def is_eager_cpu(x: Any) -> bool:
 
 
 def has_kernels(x: Any) -> bool:
-    """Tell whether the kernels of `depthwise` are for ``x``: eagerly and in compiled graphs."""
+    """Tell whether `depthwise` is for ``x`` in channels_last: eagerly and in compiled graphs."""
     if depthwise is None or not isinstance(x, Tensor) or not x.is_cuda:
         return False
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -54,7 +55,7 @@ def has_kernels(x: Any) -> bool:
 
 def prefers_channels_last(x: Any) -> bool:
     """Tell whether the layers are faster for maps that are in memory as (B, H, W, C)."""
-    return is_eager_cpu(x) or has_kernels(x)
+    return is_eager_cpu(x) or (has_kernels(x) and (is_compiling() or x.numel() >= LARGE))
 
 
 def is_channels_last(x: Any) -> bool:
@@ -65,6 +66,15 @@ def is_channels_last(x: Any) -> bool:
 def has_few_pixels(x: Tensor) -> bool:
     """Tell whether oneDNN would spend more time on a convolution's weights than on its maps."""
     return is_eager_cpu(x) and x.shape[0] * x.shape[2] * x.shape[3] <= FEW
+
+
+def is_product(x: Any) -> bool:
+    """Tell whether a product of matrices is faster than a 1 x 1 convolution of ``x``."""
+    if has_few_pixels(x):
+        return True
+    # of float32 PyTorch lets convolutions alone use TF32
+    half = isinstance(x, Tensor) and (x.dtype != torch.float32 or torch.is_autocast_enabled())
+    return half and is_channels_last(x) and has_kernels(x)
 
 
 def is_untouched(module: nn.Module, *kinds: type) -> bool:

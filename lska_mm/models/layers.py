@@ -2,8 +2,8 @@
 
 Each function is what its name says. Where it runs eagerly on a CPU, and nobody
 listens to or has changed the modules concerned, it takes a faster way to the same
-result. On an NVIDIA GPU depth-wise convolutions are those of `depthwise`, in compiled
-graphs too. Graphs that are traced, and other devices, get the plain operators.
+result; on an NVIDIA GPU with maps in channels_last, too, and in compiled graphs
+there. Graphs that are traced, and other devices, get the plain operators.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from .columns import convolve_columns
 from .eager import (
     can_fuse,
     depthwise,
     has_few_pixels,
     has_kernels,
-    is_autocast,
     is_channels_last,
+    is_eager,
     is_eager_cpu,
+    is_product,
     is_untouched,
 )
 
@@ -58,6 +60,16 @@ def scaled(conv: Any, x: Tensor, scale: Tensor) -> Tensor:
     if is_untouched(conv, PointwiseConv2d):
         return conv(x, scale)
     return conv(x) * scale[:, None, None]
+
+
+def can_activate_again(x: Tensor, conv: nn.Module) -> bool:
+    """Tell whether `conv_of_gelu` is for ``conv``: only gradients are why it should be."""
+    return torch.is_grad_enabled() and is_eager(x) and is_untouched(conv, PointwiseConv2d)
+
+
+def conv_of_gelu(conv: Any, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """conv(GELU(x)), times ``scale`` (C,); for the backward pass ``x`` alone is kept."""
+    return _ConvOfGELU.apply(x, conv.weight, conv.bias, scale)
 
 
 def bottleneck(fc1: Any, dwconv: Any, fc2: Any, x: Tensor, into: bool = False) -> Tensor:
@@ -122,14 +134,11 @@ def multiply(x: Tensor, y: Tensor, source: nn.Module) -> Tensor:
     return x.mul_(y) if can_replace(x, source) else x * y
 
 
-def recompute(function: Callable[..., Tensor], *inputs: Tensor, random: bool) -> Tensor:
-    """``function(*inputs)``; what it saves for the backward pass is computed again there.
-
-    ``random`` functions draw the same numbers again.
-    """
+def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``; what it saves for the backward pass is computed again there."""
     if not torch.is_grad_enabled() or not isinstance(inputs[0], Tensor):  # a tracer's
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -139,24 +148,54 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Convolve (B, C, H, W), times ``scale`` (C_out,): of the weights, which keeps no map."""
-        weight, bias = self.weight, self.bias
-        if scale is not None:
-            assert bias is not None
-            weight, bias = weight * scale[:, None, None, None], bias * scale
-        return _pointwise(x, weight, bias)
+        """Convolve (B, C, H, W), times ``scale`` (C_out,)."""
+        return _pointwise(x, *_times(scale, self.weight, self.bias))
+
+
+def _times(scale: Tensor | None, weight: Any, bias: Any) -> tuple[Any, Any]:
+    """Weight and bias times ``scale``, where no map has to be kept for its gradient."""
+    return (weight, bias) if scale is None else (weight * scale[:, None, None, None], bias * scale)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1 x 1 convolution, or the same as a product of matrices where that is faster."""
-    if has_few_pixels(x) or (is_channels_last(x) and _is_half(x) and has_kernels(x)):
+    if is_product(x):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
 
 
-def _is_half(x: Tensor) -> bool:
-    """Tell whether half precision is computed on a GPU: float32 has TF32 in convolutions alone."""
-    return x.dtype != torch.float32 or torch.is_autocast_enabled()
+class _ConvOfGELU(torch.autograd.Function):
+    """A 1 x 1 convolution of GELU(x), which the backward pass computes again."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(x, *parameters)
+        weight, bias, scale = parameters
+        return _pointwise(gelu(x), *_times(scale, weight, bias))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, scale = ctx.saved_tensors
+        trained, grad_scale, activated = any(ctx.needs_input_grad[1:]), None, gelu(x)
+        factor = _times(scale, weight, bias)[0].to(x.dtype)
+        if is_product(x):
+            flat = grad.permute(0, 2, 3, 1)
+            above = (flat @ factor.flatten(1)).permute(0, 3, 1, 2)
+            grad_weight = grad_bias = None
+            if trained:
+                rows = flat.flatten(0, 2)
+                grad_weight = rows.t() @ activated.permute(0, 2, 3, 1).flatten(0, 2)
+                grad_weight, grad_bias = grad_weight.view_as(weight), rows.sum(0)
+        else:
+            above, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, activated, factor, [len(weight)], (1, 1), (0, 0), (1, 1), False, (0, 0), 1,
+                (True, trained, trained),
+            )  # fmt: skip
+        if scale is not None and trained:
+            grad_scale = (grad_weight * weight).sum((1, 2, 3)) + grad_bias * bias
+            grad_weight, grad_bias = _times(scale, grad_weight, grad_bias)
+        above, x = (t.permute(0, 2, 3, 1) for t in (above, x))  # dense memory, see `gelu`
+        grad_x = torch.ops.aten.gelu_backward(above, x).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, grad_bias, grad_scale
 
 
 class PackedConv2d(nn.Conv2d):
@@ -228,73 +267,26 @@ class DepthwiseConv2d(nn.Conv2d):
         if not is_eager_cpu(x) or min(height, width) > 1:
             return super().forward(x)
         if width == 1:
-            return _convolve_columns(x, self.weight, self.bias, dilation)
+            return convolve_columns(x, self.weight, self.bias, dilation)
         if dilation == 1 and not torch.is_grad_enabled():
             return super().forward(x)
         b, c, h, w = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(b * h, w, 1, c).permute(0, 3, 1, 2)
-        rows = _convolve_columns(rows, self.weight.transpose(2, 3), self.bias, dilation)
+        rows = convolve_columns(rows, self.weight.transpose(2, 3), self.bias, dilation)
         return rows.permute(0, 2, 3, 1).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
     def _has_kernel(self, x: Tensor) -> bool:
         """Tell whether a GPU's kernel is for ``x`` and the weights."""
         weight = self.weight
         return (
-            has_kernels(x)
+            is_channels_last(x)
+            and has_kernels(x)
             and x.shape[1:2] == weight.shape[:1]
             and x.device == weight.device
             and (x.dtype == weight.dtype or torch.is_autocast_enabled())
             and weight[0].numel() <= depthwise.MOST_TAPS
             and self.bias is not None
         )
-
-
-def _convolve_columns(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """A depth-wise n x 1 convolution of (B, C, H, W)."""
-    if dilation > 1 and torch.is_grad_enabled() and not is_autocast():
-        return _DilatedColumns.apply(x, weight, bias, dilation)
-    padding = (dilation * (weight.shape[2] // 2), 0)
-    return F.conv2d(x, weight, bias, 1, padding, (dilation, 1), x.shape[1])
-
-
-class _DilatedColumns(torch.autograd.Function):
-    """The same with gradients as fast as itself; oneDNN's are several times slower.
-
-    The input's gradient is a convolution with the kernel turned round. For the
-    weights', ``dilation`` rows of a map are seen as one row so many times as
-    wide, where the taps are neighbors: again nothing is copied, but the rows
-    that are missing at the end.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, dilation):
-        ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
-        return _convolve_columns(x, weight, bias, dilation)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        channels, _, size, _ = weight.shape
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _convolve_columns(grad, weight.flip(2), None, ctx.dilation)
-        mask = [False, *ctx.needs_input_grad[1:3]]
-        if any(mask):
-            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                _widen(grad, ctx.dilation), _widen(x, ctx.dilation), weight, [channels],
-                (1, 1), (size // 2, 0), (1, 1), False, (0, 0), channels, mask,
-            )  # fmt: skip
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _widen(x: Tensor, rows: int) -> Tensor:
-    """Maps (B, C, H, W) as (B, C, H / rows, rows * W), with rows of zeros to fill the last."""
-    batch, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1)
-    if height % rows:
-        x = F.pad(x, (0, 0, 0, 0, 0, -height % rows))
-    return x.reshape(batch, -1, rows * width, channels).permute(0, 3, 1, 2)
 
 
 _CONVOLUTIONS = (PointwiseConv2d, DepthwiseConv2d, PackedConv2d)

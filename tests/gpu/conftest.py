@@ -37,9 +37,10 @@ def build(device):
 
 @pytest.fixture
 def images(device):
-    """Two images on a CPU."""
+    """Two images on a CPU; in channels_last, for which a GPU has kernels of its own."""
     torch.manual_seed(1)
-    return torch.rand(2, 3, *((96, 96) if device.type == 'cuda' else (32, 32)))
+    images = torch.rand(2, 3, *((96, 96) if device.type == 'cuda' else (32, 32)))
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_benchmark(device, tool, tmp_path):
     assert {f'{a}{b}' for a in ('plain', 'default', 'deployed')
             for b in ('', ' graph', ' compiled', ' compiled graph')} <= set(models)  # fmt: skip
     counted = [row for row in content['rows'] if row['kernels']]  # not on torch 2.1 in training
-    assert len(counted) >= 13
+    assert len(counted) >= 12
     assert all(row['milliseconds'] > row['limit'] > 0 for row in counted)
     assert all(row['kernels'] > 50 for row in counted)
     if device.type == 'cuda':

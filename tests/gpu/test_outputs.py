@@ -16,15 +16,17 @@ def test_published_outputs(device, arch, k, deploy):
     backbone = published(arch, k).to(device)
     if deploy:
         backbone.switch_to_deploy()
-    with torch.no_grad():
-        stages = backbone(reference_image().to(device))
-    assert reference_error([stage.cpu() for stage in stages], arch, k) <= 1e-4
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad():
+            stages = backbone(reference_image().to(device, memory_format=layout))
+        assert reference_error([stage.cpu() for stage in stages], arch, k) <= 1e-4
 
 
 @pytest.mark.parametrize('deploy', [False, True])
 def test_mixed_precision(device, deploy):
     """Of inference, and of the gradients that a loss scale would be applied to."""
-    backbone, images = published().to(device), reference_image().to(device)
+    backbone = published().to(device)
+    images = reference_image().to(device, memory_format=torch.channels_last)
     if deploy:
         backbone.switch_to_deploy()
     with torch.no_grad():
@@ -100,8 +102,8 @@ def test_odd_sizes(device, build, side):
 def test_layouts(device, build, images, train):
     """The outputs are the same in NCHW and channels_last, and in the layout of the images."""
     backbone = build().train(train).to(device)
-    plain = images.to(device)
-    last = plain.contiguous(memory_format=torch.channels_last)
+    last = images.to(device)
+    plain = last.contiguous()
     expected, found = backbone(plain), on(device, backbone)(last)
     assert_close(found, expected, 1e-4)
     assert all(out.is_contiguous() for out in expected)

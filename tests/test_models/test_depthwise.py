@@ -13,16 +13,17 @@ from conftest import ROOT
 CONVOLUTIONS = """
 import torch
 from lska_mm.models import depthwise
-depthwise.TILE, depthwise.TILE_OF_WEIGHTS = 512, 256  # several tiles, and shares
+depthwise.TILE, depthwise.TILE_OF_WEIGHTS = 2048, 1024  # several tiles, and shares
 torch.manual_seed(0)
 for rows, columns, dilation in [(1, 5, 1), (7, 1, 3), (3, 3, 1), (1, 17, 3)]:
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x, grad = (torch.randn(2, 5, 9, 7).contiguous(memory_format=layout) for _ in range(2))
-        weight, bias = torch.randn(5, 1, rows, columns), torch.randn(5)
+    for channels in (5, 80):
+        x, grad = (torch.randn(2, channels, 9, 7).contiguous(memory_format=torch.channels_last)
+                   for _ in range(2))
+        weight, bias = torch.randn(channels, 1, rows, columns), torch.randn(channels)
         inputs = [t.requires_grad_() for t in (x, weight, bias)]
         exact = [t.detach().double().requires_grad_() for t in inputs]
         padding = dilation * (rows // 2), dilation * (columns // 2)
-        expected = torch.nn.functional.conv2d(*exact, 1, padding, dilation, 5)
+        expected = torch.nn.functional.conv2d(*exact, 1, padding, dilation, channels)
         found = depthwise.convolve(*inputs, dilation)
         assert found.stride() == x.stride()
         pairs = [(found, expected)]
@@ -36,6 +37,8 @@ for rows, columns, dilation in [(1, 5, 1), (7, 1, 3), (3, 3, 1), (1, 17, 3)]:
         half = depthwise.convolve(x.bfloat16(), weight, bias, dilation)
         assert half.dtype == torch.bfloat16
         assert (half - expected).abs().max() <= 1e-2 * expected.abs().max()
+if not torch.cuda.is_available():  # the log says that, and why
+    assert not depthwise.works(0)
 print('equal')
 """
 MODEL = """
@@ -79,3 +82,5 @@ def test_by_the_interpreter(code):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert result.stdout.endswith('equal\n'), result.stdout[-3000:]
+    if code is CONVOLUTIONS and not torch.cuda.is_available():
+        assert "takes PyTorch's depth-wise convolutions on GPU 0" in result.stdout

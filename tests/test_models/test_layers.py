@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from conftest import published, reference_error, reference_image, small
 from lska_mm.models import eager, layers
-from lska_mm.models.layers import DepthwiseConv2d
+from lska_mm.models.layers import DepthwiseConv2d, PointwiseConv2d, conv_of_gelu
 
 
 def test_every_way_to_compute_gives_the_published_outputs():
@@ -77,3 +77,43 @@ def test_frozen_weights_get_no_gradient():
     conv(x).sum().backward()
     assert x.grad is not None
     assert conv.weight.grad is None
+
+
+@pytest.mark.parametrize('side', [5, 40])  # a product of matrices, and a convolution
+@pytest.mark.parametrize('scaled', [False, True])
+def test_convolution_of_gelu_equals_the_plain_one(side, scaled):
+    """Outputs, gradients, and gradients of gradients; what is frozen gets none."""
+    conv = PointwiseConv2d(6, 4).double()
+    x, scale = torch.randn(2, 6, side, side, dtype=torch.float64), torch.rand(4).double()
+    inputs = [x.contiguous(memory_format=torch.channels_last), *conv.parameters(), scale]
+    inputs = [t.requires_grad_() for t in (inputs if scaled else inputs[:-1])]
+    found = conv_of_gelu(conv, *inputs[:1], *inputs[3:])
+    plain = functional.conv2d(functional.gelu(inputs[0]), *inputs[1:3])
+    if scaled:
+        plain = plain * scale[:, None, None]
+    results = []
+    for out in (found, plain):
+        torch.testing.assert_close(out, plain)
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(grads[0].square().sum(), inputs)
+        results.append([*grads, *second])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+    conv.requires_grad_(False)
+    for given in ([], [scale] if scaled else []):
+        conv_of_gelu(conv, inputs[0], *given).sum().backward()
+    assert conv.weight.grad is conv.bias.grad is None
+    assert not scaled or scale.grad is not None
+
+
+def test_convolution_of_gelu_under_autocast():
+    conv, x = PointwiseConv2d(6, 4), torch.randn(2, 6, 40, 40)
+    expected = conv(functional.gelu(x))
+    expected.square().sum().backward()
+    wanted, conv.weight.grad = conv.weight.grad, None
+    with torch.autocast('cpu', torch.bfloat16):
+        found = conv_of_gelu(conv, x.bfloat16())
+    found.float().square().sum().backward()
+    assert (found.dtype, conv.weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
+    torch.testing.assert_close(conv.weight.grad, wanted, rtol=0.05, atol=0.05 * wanted.max())

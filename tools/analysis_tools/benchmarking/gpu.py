@@ -49,19 +49,19 @@ ARCHS = ('tiny', 'base')
 
 def plan() -> Iterator[Case]:
     """List what is measured, the most telling first."""
-    modes = (True, False)
-    for arch, train, shape in itertools.product(ARCHS, modes, (MANY, MOST, LARGE, ONE)):
-        if not (train and shape is ONE):
-            yield Case(arch, 23, *shape, 'bf16', 'NCHW', train)
-    yield Case('tiny', 23, *MANY, 'bf16', 'NCHW', True, compiled=True)
-    for arch, train in itertools.product(ARCHS, modes):
-        yield Case(arch, 23, *MANY, 'fp32', 'NCHW', train)
-        yield Case(arch, 23, *MANY, 'bf16', 'channels_last', train)
-    yield Case('tiny', 23, *MANY, 'bf16', 'NCHW', False, compiled=True)
-    for arch, train in itertools.product(ARCHS, modes):
-        yield Case(arch, 23, *MANY, 'fp16', 'NCHW', train)
+    modes, layouts = (True, False), tuple(LAYOUTS)
+    for arch, train, shape, layout in itertools.product(
+        ARCHS, modes, (MANY, LARGE, MOST), layouts
+    ):
+        yield Case(arch, 23, *shape, 'bf16', layout, train)
+    for train in modes:
+        yield Case('tiny', 23, *MANY, 'bf16', 'NCHW', train, compiled=True)
+    for arch, layout in itertools.product(ARCHS, layouts):
+        yield Case(arch, 23, *ONE, 'bf16', layout, False)
+    for precision, arch, train in itertools.product(('fp32', 'fp16'), ARCHS, modes):
+        yield Case(arch, 23, *MANY, precision, 'channels_last', train)
     for k, arch, train in itertools.product((53, 7), ARCHS, modes):
-        yield Case(arch, k, *MANY, 'bf16', 'NCHW', train)
+        yield Case(arch, k, *MANY, 'bf16', 'channels_last', train)
     for train in modes:
         yield Case('base', 23, *MANY, 'bf16', 'NCHW', train, compiled=True)
 
