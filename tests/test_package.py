@@ -125,7 +125,7 @@ def test_packages_know_only_what_is_below_them(package, allowed):
 def test_modules_are_short():
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert max(lines.values()) <= 300
-    assert sum(lines.values()) <= 3240
+    assert sum(lines.values()) <= 3220
     reader = MODULES['lska_mm.weights.reader'].read_text().splitlines()
     assert len([line for line in reader if line]) <= 120
 

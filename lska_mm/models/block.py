@@ -8,12 +8,11 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .eager import is_eager_cpu, is_untouched
+from .eager import is_eager, is_eager_cpu, is_untouched
 from .layers import (
     DepthwiseConv2d,
     PointwiseConv2d,
     bottleneck,
-    can_activate_again,
     can_replace,
     conv_of_gelu,
     gelu,
@@ -58,7 +57,8 @@ class MLP(BaseModule):
         if can_replace(x, fc1, dwconv, fc2) and not drops and scale is None:
             return bottleneck(fc1, dwconv, fc2, x)
         hidden = dwconv(fc1(x))
-        if can_activate_again(hidden, fc2) and not drops:
+        again = torch.is_grad_enabled() and is_eager(hidden)
+        if again and is_untouched(fc2, PointwiseConv2d) and not drops:
             return conv_of_gelu(fc2, hidden, scale)
         hidden = drop(gelu(hidden))
         return drop(fc2(hidden) if scale is None else scaled(fc2, hidden, scale))

@@ -1,21 +1,18 @@
 """Depth-wise convolutions of maps in channels_last on an NVIDIA GPU, in Triton.
 
-PyTorch's own take ten times what the memory needs, and more (docs/performance.md).
+PyTorch's own take several times what the memory needs (docs/performance.md).
 These take weights as they are stored, whatever the precision of the map, and add in
 float32. A tile is of pixels, counted through all images, and of channels.
 """
 
 import functools
 import logging
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from mmengine.logging import print_log
 from torch import Tensor
-from torch.compiler import is_compiling
-from torch.library import triton_op, wrap_triton
 
 LAST = torch.channels_last
 MOST_TAPS = 32  # of a kernel; larger ones are left to PyTorch
@@ -114,91 +111,61 @@ def _parts(whole: int, part: int) -> int:
     return -(-whole // part)
 
 
-def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, dilation: int, turned: bool, wrap: Any
-) -> Tensor:
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int, turned: bool) -> Tensor:
     batch, channels, height, width = x.shape
     pixels, tile, out = batch * height * width, _tile(channels, TILE), torch.empty_like(x)
-    wrap(_convolve)[_parts(pixels, tile[0]), _parts(channels, tile[1])](
-        x, weight, bias, out, height, width, channels, pixels,
-        *weight.shape[2:], dilation, turned, *tile,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _convolve[_parts(pixels, tile[0]), _parts(channels, tile[1])](
+            x, weight, bias, out, height, width, channels, pixels,
+            *weight.shape[2:], dilation, turned, *tile,
+        )  # fmt: skip
     return out
 
 
-def _gradients(x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int, wrap: Any):
+def _gradients(x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int) -> Tensor:
+    """The weights' gradients, then the bias's, in float32."""
     batch, channels, height, width = x.shape
     pixels, tile = batch * height * width, _tile(channels, TILE_OF_WEIGHTS)
     blocks, groups = _parts(channels, tile[1]), _parts(rows * columns, GROUP.value)
     shares = max(1, min(_parts(pixels, tile[0]), PROGRAMS // (blocks * groups)))
     share = _parts(_parts(pixels, shares), tile[0]) * tile[0]
     shares = _parts(pixels, share)
-    out = torch.empty(shares, channels * (rows * columns + 1), device=x.device)
-    wrap(_sum_gradients)[shares, blocks, groups](
-        x, grad, out, height, width, channels, pixels, share, rows, columns, dilation, *tile
-    )
+    numbers = channels * (rows * columns + 1)
+    out = torch.empty(shares, numbers, device=x.device, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _sum_gradients[shares, blocks, groups](
+            x, grad, out, height, width, channels, pixels, share, rows, columns, dilation, *tile
+        )
     return out.sum(0)
 
 
-@triton_op('lska_mm::depthwise_convolution', mutates_args=())
-def _convolution_in_graph(
-    x: Tensor, weight: Tensor, bias: Tensor, dilation: int, turned: bool
-) -> Tensor:
-    return _convolution(x, weight, bias, dilation, turned, wrap_triton)
-
-
-@triton_op('lska_mm::depthwise_gradients', mutates_args=())
-def _gradients_in_graph(x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int) -> Tensor:
-    return _gradients(x, grad, rows, columns, dilation, wrap_triton)
-
-
-def _run(eager: Any, in_graph: Any, x: Tensor, *args: Any) -> Tensor:
-    """Launch a kernel, or make it part of a graph."""
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        return in_graph(x, *args)
-    with torch.cuda.device_of(x):
-        return eager(x, *args, lambda kernel: kernel)
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, ctx.dilation, _ = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    x, weight = ctx.saved_tensors
-    channels, _, rows, columns = weight.shape
-    dilation, needed = ctx.dilation, ctx.needs_input_grad
-    if torch.is_grad_enabled():  # gradients of these are wanted, too
-        padding = dilation * (rows // 2), dilation * (columns // 2)
-        return *torch.ops.aten.convolution_backward(
-            grad, x, weight.to(x.dtype), [channels], (1, 1), padding, (dilation, dilation),
-            False, (0, 0), channels, needed[:3],
-        ), None, None  # fmt: skip
-    grad_x = grad_weight = grad_bias = None
-    grad = grad.contiguous(memory_format=LAST)
-    if needed[0]:
-        grad_x = _run(_convolution, _convolution_in_graph, grad, weight, weight, dilation, True)
-    if any(needed[1:3]):
-        found = _run(_gradients, _gradients_in_graph, x, grad, rows, columns, dilation)
-        found = found.to(weight.dtype)
-        grad_weight, grad_bias = found[: weight.numel()].view_as(weight), found[weight.numel() :]
-    return grad_x, grad_weight, grad_bias, None, None
-
-
-_convolution_in_graph.register_autograd(_backward, setup_context=_save)
-
-
 class _Convolution(torch.autograd.Function):
-    """The same without PyTorch's dispatch, which takes longer than a kernel."""
+    @staticmethod
+    def forward(ctx, x, weight, bias, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        return _convolution(x, weight, bias, dilation, False)
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        out = _run(_convolution, _convolution_in_graph, *args)
-        _save(ctx, args, out)
-        return out
-
-    backward = staticmethod(_backward)
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        channels, _, rows, columns = weight.shape
+        dilation, needed = ctx.dilation, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # gradients of these are wanted, too
+            padding = dilation * (rows // 2), dilation * (columns // 2)
+            return *torch.ops.aten.convolution_backward(
+                grad, x, weight.to(x.dtype), [channels], (1, 1), padding, (dilation, dilation),
+                False, (0, 0), channels, needed[:3],
+            ), None  # fmt: skip
+        grad_x = grad_weight = grad_bias = None
+        grad = grad.contiguous(memory_format=LAST)
+        if needed[0]:
+            grad_x = _convolution(grad, weight, weight, dilation, True)
+        if any(needed[1:3]):
+            found = _gradients(x, grad, rows, columns, dilation).to(weight.dtype)
+            grad_weight, grad_bias = found.split([weight.numel(), channels])
+            grad_weight = grad_weight.view_as(weight)
+        return grad_x, grad_weight, grad_bias, None
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
@@ -215,8 +182,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
     """
     if torch.is_autocast_enabled('cuda'):
         x = x.to(torch.get_autocast_dtype('cuda'))
-    run = _convolution_in_graph if is_compiling() else _Convolution.apply
-    return run(x.contiguous(memory_format=LAST), weight, bias, dilation, False)
+    x = x.contiguous(memory_format=LAST)
+    return _Convolution.apply(x, weight.contiguous(), bias.contiguous(), dilation)
 
 
 @functools.cache

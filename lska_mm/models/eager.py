@@ -1,6 +1,7 @@
 """Whether a faster way may be taken: where nobody can tell but by the time it takes."""
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ else:  # torch 2.1
     is_autocast = torch.is_autocast_cpu_enabled
 
 depthwise: Any = None  # kernels for a GPU, if there is one, and Triton
-if torch.version.cuda and torch.cuda.is_available():
+if torch.version.cuda and hasattr(torch, 'get_autocast_dtype') and torch.cuda.is_available():
     with contextlib.suppress(ImportError):
         from . import depthwise  # type: ignore[no-redef]
 
@@ -42,20 +43,28 @@ def is_eager_cpu(x: Any) -> bool:
 
 
 def has_kernels(x: Any) -> bool:
-    """Tell whether `depthwise` is for ``x`` in channels_last: eagerly and in compiled graphs."""
-    if depthwise is None or not isinstance(x, Tensor) or not x.is_cuda:
-        return False
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return False
-    if is_compiling():
-        return not torch.compiler.is_exporting()
-    modes = torch._C._len_torch_dispatch_stack()  # that count, say, and do not know the kernels
-    return is_eager(x) and not modes and depthwise.works(x.get_device())
+    """Tell whether `depthwise` is for ``x`` in channels_last."""
+    return (
+        is_eager(x)
+        and x.is_cuda
+        and depthwise is not None
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not torch._C._len_torch_dispatch_stack()  # modes that count, say, do not know it
+        and depthwise.works(x.get_device())
+    )
 
 
-def prefers_channels_last(x: Any) -> bool:
-    """Tell whether the layers are faster for maps that are in memory as (B, H, W, C)."""
-    return is_eager_cpu(x) or (has_kernels(x) and (is_compiling() or x.numel() >= LARGE))
+def prefers_channels_last(x: Any, module: nn.Module) -> bool:
+    """Tell whether ``module`` is faster for maps that are in memory as (B, H, W, C)."""
+    if is_eager_cpu(x):
+        return True
+    return has_kernels(x) and x.numel() >= LARGE and not any(map(_wants_nchw, module.modules()))
+
+
+def _wants_nchw(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):  # depth-wise ones of PyTorch are slower in channels_last
+        return module.groups > 1 and math.prod(module.kernel_size) > depthwise.MOST_TAPS
+    return type(module).__module__.startswith('mmcv.ops')  # SyncBN's too takes any map for NCHW
 
 
 def is_channels_last(x: Any) -> bool:

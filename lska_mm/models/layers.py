@@ -1,11 +1,11 @@
 """What the backbone is made of, as fast as a CPU and a GPU do it.
 
-Each function is what its name says. Where it runs eagerly on a CPU, and nobody
-listens to or has changed the modules concerned, it takes a faster way to the same
-result; on an NVIDIA GPU with maps in channels_last, too, and in compiled graphs
-there. Graphs that are traced, and other devices, get the plain operators.
+Each function is what its name says. Eagerly on a CPU, and with maps in channels_last on
+an NVIDIA GPU, it takes a faster way to the same result where nobody listens to or has
+changed the modules concerned. Graphs that are traced get the plain operators.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +21,6 @@ from .eager import (
     has_few_pixels,
     has_kernels,
     is_channels_last,
-    is_eager,
     is_eager_cpu,
     is_product,
     is_untouched,
@@ -60,11 +59,6 @@ def scaled(conv: Any, x: Tensor, scale: Tensor) -> Tensor:
     if is_untouched(conv, PointwiseConv2d):
         return conv(x, scale)
     return conv(x) * scale[:, None, None]
-
-
-def can_activate_again(x: Tensor, conv: nn.Module) -> bool:
-    """Tell whether `conv_of_gelu` is for ``conv``: only gradients are why it should be."""
-    return torch.is_grad_enabled() and is_eager(x) and is_untouched(conv, PointwiseConv2d)
 
 
 def conv_of_gelu(conv: Any, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -169,12 +163,14 @@ class _ConvOfGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *parameters):
         ctx.save_for_backward(x, *parameters)
-        weight, bias, scale = parameters
+        # detached: autocast would keep what it casts here, without gradients, for others
+        weight, bias, scale = (None if p is None else p.detach() for p in parameters)
         return _pointwise(gelu(x), *_times(scale, weight, bias))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, scale = ctx.saved_tensors
+        grad = grad.to(x.dtype)  # under autocast that of half precision, whatever x is
         trained, grad_scale, activated = any(ctx.needs_input_grad[1:]), None, gelu(x)
         factor = _times(scale, weight, bias)[0].to(x.dtype)
         if is_product(x):
@@ -284,7 +280,7 @@ class DepthwiseConv2d(nn.Conv2d):
             and x.shape[1:2] == weight.shape[:1]
             and x.device == weight.device
             and (x.dtype == weight.dtype or torch.is_autocast_enabled())
-            and weight[0].numel() <= depthwise.MOST_TAPS
+            and math.prod(self.kernel_size) <= depthwise.MOST_TAPS
             and self.bias is not None
         )
 

@@ -60,7 +60,7 @@ class LSKANeck(BaseModule):
         for i, (x, block) in enumerate(zip(inputs, self.blocks)):
             check_channels(x, self.in_channels[i], f'Block {i} of LSKANeck')
             layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-            if prefers_channels_last(x):
+            if prefers_channels_last(x, self):
                 x = x.contiguous(memory_format=torch.channels_last)
             outs.append(block(x).contiguous(memory_format=layout))
         return tuple(outs)

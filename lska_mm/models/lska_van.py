@@ -135,7 +135,7 @@ class LSKAVAN(BaseModule):
             rounded up; channels_last where ``x`` is.
         """
         layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        if prefers_channels_last(x):
+        if prefers_channels_last(x, self):
             x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i in range(self.num_stages):

@@ -106,14 +106,20 @@ def test_convolution_of_gelu_equals_the_plain_one(side, scaled):
     assert not scaled or scale.grad is not None
 
 
-def test_convolution_of_gelu_under_autocast():
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])  # the second by a hook, say
+def test_convolution_of_gelu_under_autocast(dtype):
     conv, x = PointwiseConv2d(6, 4), torch.randn(2, 6, 40, 40)
     expected = conv(functional.gelu(x))
     expected.square().sum().backward()
     wanted, conv.weight.grad = conv.weight.grad, None
     with torch.autocast('cpu', torch.bfloat16):
-        found = conv_of_gelu(conv, x.bfloat16())
+        found = conv_of_gelu(conv, x.to(dtype))
+        other = conv(x)  # with the weights that autocast has kept
+    assert other.requires_grad
     found.float().square().sum().backward()
     assert (found.dtype, conv.weight.grad.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
     torch.testing.assert_close(conv.weight.grad, wanted, rtol=0.05, atol=0.05 * wanted.max())
+    conv.weight.grad = None
+    other.float().sum().backward()
+    assert conv.weight.grad is not None

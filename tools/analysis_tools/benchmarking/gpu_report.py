@@ -86,10 +86,10 @@ def kind(name: str) -> str:
     """What a kernel is for, by its name."""
     name = name.lower()
     kinds = {
-        'depthwise|dgrad2d_grouped|grouped': 'depth-wise convolution',
+        'depthwise|grouped|_convolve|_sum_gradients': 'depth-wise convolution',
         'batch_norm|bn_fw|bn_bw|batchnorm': 'BatchNorm', 'layer_norm|layernorm': 'LayerNorm',
         'gelu': 'GELU', 'conv|implicit|wgrad|dgrad|fprop': 'convolution',
-        'gemm|cutlass': 'matrix product',
+        'gemm|cutlass|nvjet': 'matrix product',
         'memcpy|memset|copy|nchwtonhwc|nhwctonchw': 'copy', 'reduce': 'sum',
         'mulfunctor|mul_': 'product', 'add': 'sum of two', 'triton': 'compiled',
     }  # fmt: skip
