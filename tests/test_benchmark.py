@@ -50,6 +50,10 @@ def test_onnx_in_training_is_refused(benchmark):
     )
 
 
+def test_a_precision_without_an_engine_is_refused(benchmark):
+    assert 'give --onnx or --openvino' in benchmark('--precisions', 'int8', code=2)
+
+
 def test_a_busy_machine_is_refused(benchmark, tmp_path):
     assert 'of the CPUs are busy' in benchmark('--max-busy', -1, code=1)
     assert not list(tmp_path.iterdir())

@@ -265,6 +265,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.onnx or args.openvino) and (args.train or args.device != 'cpu'):
         parser.error('--onnx and --openvino are for inference on a CPU')
+    if args.precisions and not (args.onnx or args.openvino):
+        parser.error('--precisions are of the engines: give --onnx or --openvino, too')
     for option, package in ENGINES.items():
         if getattr(args, option) and find_spec(package) is None:
             raise ImportError(f'--{option} needs {package}: pip install {package}')

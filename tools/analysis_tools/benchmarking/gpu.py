@@ -148,7 +148,7 @@ def make_images(case: Case, device: Device) -> torch.Tensor:
 
 
 def measure(case: Case, models: dict[str, nn.Module], device: Device) -> list[dict]:
-    """A row for each model: milliseconds, ratio to the plain one, limit on paper, memory."""
+    """A row for each model: milliseconds, ratio to the plain one, memory; the default's limit."""
     images = make_images(case, device)
     dtype = None if case.precision == 'fp32' else TYPES[case.precision]
     steps = {}
@@ -233,6 +233,14 @@ def run(build: Callable, out: Path, seconds: float, name: str = 'cuda', cases: A
         f'{gpu}, torch {torch.__version__}, TF32 in convolutions; copies '
         f'{device.copy_rate / 1e12:.2f} TB/s, matrix products, 1e12 multiply-adds/s: {rates}'
     )
+
+    def save() -> None:
+        kept = {key: {' '.join(k): v for k, v in c.items()} for key, c in profiles.items()}
+        content = dict(
+            machine=machine, rows=rows, profiles=kept, left_out=[case._asdict() for case in left]
+        )
+        (out / 'benchmark.json').write_text(json.dumps(content, indent=1))
+
     for case in cases or plan():
         if time.perf_counter() - begin > seconds:
             left.append(case)
@@ -252,11 +260,8 @@ def run(build: Callable, out: Path, seconds: float, name: str = 'cuda', cases: A
             for key in ('plain', 'default'):
                 step = make_step(models[key], images, case.train, TYPES[case.precision])
                 profiles[f'{key}, {case.arch}, {case.layout}'] = device.profile(step)
-        kept = {key: {' '.join(k): v for k, v in c.items()} for key, c in profiles.items()}
-        content = dict(
-            machine=machine, rows=rows, profiles=kept, left_out=[case._asdict() for case in left]
-        )
-        (out / 'benchmark.json').write_text(json.dumps(content, indent=1))
+        save()  # what is measured, whatever ends the process
+    save()
     head = f'{machine}; {len(left)} combinations left out'
     text = '\n\n'.join([head, table(rows), *([profile_table(profiles)] if profiles else [])])
     (out / 'benchmark.md').write_text(f'{text}\n')
