@@ -346,7 +346,7 @@ def test_commands(text, project, run, done):
         setting_used = setting if '$' in command else ''
         line = f'{setting_used}printf "%s\\n" {command}'
         words = run('bash', '-c', line, cwd=project).splitlines()
-        printed = run(*words, *more, cwd=project, OMP_NUM_THREADS='1', PORT='29613')
+        printed = run(*words, *more, cwd=project, OMP_NUM_THREADS='1', PORT='29614')
         finish_trainings(project)
         assert expected in printed, f'{command} did not print {expected}'
     for name, code in blocks(text, 'python'):

@@ -1,67 +1,31 @@
 """What a stage of VAN (arXiv:2202.09741) is made of: a patch embedding, and blocks."""
 
-from collections.abc import Callable
-
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .eager import is_eager, is_eager_cpu, is_untouched
-from .layers import (
-    DepthwiseConv2d,
-    PointwiseConv2d,
-    bottleneck,
-    can_replace,
-    conv_of_gelu,
-    gelu,
-    recompute,
-    scaled,
-)
-from .lska import Attention
+from ..fast.door import fast_path, has_fast_path
+from .lska import Attention, depthwise_conv
 
 
-def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
-    """Build a norm of maps (B, C, H, W).
-
-    Raises:
-        ValueError: On LayerNorm, which would take the width for the channels.
-    """
-    norm = build_norm_layer(norm_cfg, channels)[1]
-    if type(norm) is nn.LayerNorm:
-        raise ValueError(
-            f'norm_cfg={dict(norm_cfg)} normalizes the last axis, which is the width of the maps '
-            'in the blocks; take BN, SyncBN or GN. stage_norm_cfg is the norm after each stage.'
-        )
-    return norm
-
-
+@has_fast_path('mlp')
 class MLP(BaseModule):
-    """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back.
-
-    With a ``scale`` (C,) the result is scaled.
-    """
+    """1x1 to ``ratio`` times the channels, 3x3 depth-wise, GELU, 1x1 back."""
 
     def __init__(self, channels: int, ratio: float, drop_rate: float):
         super().__init__()
         hidden = int(channels * ratio)
-        self.fc1 = PointwiseConv2d(channels, hidden)
-        self.dwconv = DepthwiseConv2d(hidden, (3, 3))
-        self.fc2 = PointwiseConv2d(hidden, channels)
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.dwconv = depthwise_conv(hidden, (3, 3))
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
         self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        fc1, dwconv, fc2, drop = self.fc1, self.dwconv, self.fc2, self.drop
-        drops = not is_untouched(drop, nn.Dropout) or (drop.training and drop.p > 0)
-        if can_replace(x, fc1, dwconv, fc2) and not drops and scale is None:
-            return bottleneck(fc1, dwconv, fc2, x)
-        hidden = dwconv(fc1(x))
-        again = torch.is_grad_enabled() and is_eager(hidden)
-        if again and is_untouched(fc2, PointwiseConv2d) and not drops:
-            return conv_of_gelu(fc2, hidden, scale)
-        hidden = drop(gelu(hidden))
-        return drop(fc2(hidden) if scale is None else scaled(fc2, hidden, scale))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.dwconv(self.fc1(x))))))
 
 
 class Block(BaseModule):
@@ -88,24 +52,18 @@ class Block(BaseModule):
         self.layer_scale_1 = nn.Parameter(torch.full((channels,), 1e-2))
         self.layer_scale_2 = nn.Parameter(torch.full((channels,), 1e-2))
 
-    def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, scale: Tensor) -> Tensor:
-        """Add scale * branch(norm(x)) to ``x``."""
-        if not (self.training or torch.is_grad_enabled()):
-            return torch.addcmul(x, branch(norm(x)), scale[:, None, None])
-        run: Callable[..., Tensor] = branch
-        if not (is_eager_cpu(x) and is_untouched(branch, Attention, MLP)):
-
-            def run(x: Tensor, scale: Tensor) -> Tensor:
-                return branch(x) * scale[:, None, None]
-
-        if self.with_cp and self.training:
-            # The norm stays outside: recomputed, it would count a batch twice.
-            return x + self.drop_path(recompute(run, norm(x), scale))
-        return x + self.drop_path(run(norm(x), scale))
-
     def forward(self, x: Tensor) -> Tensor:
-        x = self._add(x, self.norm1, self.attn, self.layer_scale_1)
-        return self._add(x, self.norm2, self.mlp, self.layer_scale_2)
+        x = self._add(x, self._run(self.attn, self.norm1(x)), self.layer_scale_1)
+        return self._add(x, self._run(self.mlp, self.norm2(x)), self.layer_scale_2)
+
+    def _add(self, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        return torch.addcmul(x, self.drop_path(branch), scale[:, None, None])
+
+    def _run(self, branch: nn.Module, x: Tensor) -> Tensor:
+        run = fast_path(branch, x) or branch
+        if self.with_cp and isinstance(x, Tensor) and x.requires_grad:
+            return checkpoint(run, x, use_reentrant=False)
+        return run(x)
 
 
 class PatchEmbed(BaseModule):
@@ -118,3 +76,31 @@ class PatchEmbed(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x))
+
+
+def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
+    """Build a norm of maps (B, C, H, W).
+
+    Raises:
+        ValueError: If it normalizes the last axis, the width, as LayerNorm does.
+    """
+    norm = build_norm_layer(norm_cfg, channels)[1]
+    if normalizes_last_axis(norm, channels):
+        raise ValueError(
+            f'norm_cfg={dict(norm_cfg)} normalizes the last axis, which is the width of the maps '
+            'in the blocks; take BN, SyncBN or GN. stage_norm_cfg is the norm after each stage.'
+        )
+    return norm
+
+
+@torch.no_grad()
+def normalizes_last_axis(norm: nn.Module, channels: int) -> bool:
+    """Tell whether a norm takes (..., C), as LayerNorm, and not (B, C, H, W), as BN and LN2d."""
+    if not hasattr(norm, 'normalized_shape'):
+        return False
+    like = next(norm.parameters(), torch.empty(()))
+    try:  # a map whose last axis has another size
+        norm(like.new_zeros(1, channels, 1, channels + 1))
+    except RuntimeError:
+        return True
+    return False

@@ -1,18 +1,24 @@
 """Folding norms and layer scales into convolutions, for inference."""
 
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from .layers import PackedConv2d, bottleneck, can_replace, conv_add, gelu
+from ..fast.door import fast_path, has_fast_path
+from .block import MLP, Block, PatchEmbed
+from .lska import Attention
 
-if TYPE_CHECKING:
-    from .block import Block
+Affine = tuple[Tensor, Tensor]  # a factor and a summand for each channel
 
 
+@has_fast_path('deployed')
 class FusedBlock(BaseModule):
     """What `Block` computes in inference, norms and layer scales in its convolutions.
 
@@ -20,43 +26,27 @@ class FusedBlock(BaseModule):
     x + s (proj_2(g) + a x + b) = (1 + s a) x + (s proj_2(g) + s b).
     """
 
-    def __init__(self, block: 'Block'):
+    def __init__(self, block: Block, norm1: Affine, norm2: Affine):
         super().__init__()
         self.attn, self.mlp = block.attn, block.mlp
         scale_1, scale_2 = block.layer_scale_1, block.layer_scale_2
-        a, b = affine(block.norm1)
-        fold(self.attn.proj_1, before=(a, b))
-        fold(self.attn.proj_2, after=(scale_1, scale_1 * b))
-        fold(self.mlp.fc1, before=affine(block.norm2))
+        fold(self.attn.proj_1, before=norm1)
+        fold(self.attn.proj_2, after=(scale_1, scale_1 * norm1[1]))
+        fold(self.mlp.fc1, before=norm2)
         fold(self.mlp.fc2, after=(scale_2, torch.zeros_like(scale_2)))
-        self.shortcut = nn.Parameter((1 + scale_1 * a)[:, None, None])
+        self.shortcut = nn.Parameter((1 + scale_1 * norm1[0])[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        attn, mlp = self.attn, self.mlp
-        mine = can_replace(x, attn.proj_2)  # what it makes, nobody else is given
-        x = conv_add(attn.proj_2, attn.gated(x), x * self.shortcut, into=True)
-        if mine and can_replace(x, mlp.fc1, mlp.dwconv, mlp.fc2):
-            return bottleneck(mlp.fc1, mlp.dwconv, mlp.fc2, x, into=True)
-        return mlp.fc2(gelu(mlp.dwconv(mlp.fc1(x)))) + x
+        fast = fast_path(self, x)
+        if fast:
+            return fast(x)
+        attn = self.attn
+        gated = attn.spatial_gating_unit(attn.activation(attn.proj_1(x)))
+        x = x * self.shortcut + attn.proj_2(gated)
+        return x + self.mlp(x)
 
 
-def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in inference as a factor and a summand for each channel.
-
-    Raises:
-        TypeError: If it is another norm, which depends on the image.
-    """
-    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
-        raise TypeError(f'Only BatchNorm can be part of a convolution, not {norm}.')
-    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return factor, norm.bias - factor * norm.running_mean  # type: ignore[operator]
-
-
-def fold(
-    conv: nn.Conv2d,
-    before: tuple[Tensor, Tensor] | None = None,
-    after: tuple[Tensor, Tensor] | None = None,
-) -> None:
+def fold(conv: nn.Conv2d, before: Affine | None = None, after: Affine | None = None) -> None:
     """Make a factor and a summand before or after a convolution part of it.
 
     Before it they are exact at the borders only where nothing is padded.
@@ -73,9 +63,96 @@ def fold(
             conv.weight *= factor[:, None, None, None]
 
 
-def pack(module: nn.Module) -> None:
-    """Make the dense convolutions in ``module`` `PackedConv2d`."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d) and child.groups == 1:
-                setattr(parent, name, PackedConv2d.of(child))
+@torch.no_grad()
+def fold_stages(stages: Sequence[tuple[PatchEmbed, ModuleList]]) -> None:
+    """Fold patch embeddings and blocks, all or, if one cannot be, none.
+
+    Raises:
+        TypeError: Names what cannot be folded, and what to do first.
+    """
+    norms = []
+    for i, (patch_embed, blocks) in enumerate(stages, start=1):
+        check_as_built(f'patch_embed{i}.proj', patch_embed.proj, nn.Conv2d)
+        norm = affine(
+            f'patch_embed{i}.norm', patch_embed.norm, patch_embed.proj.weight[:, 0, 0, 0]
+        )
+        norms.append((norm, [norms_of(f'block{i}.{j}', block) for j, block in enumerate(blocks)]))
+    for (patch_embed, blocks), (norm, norms_of_blocks) in zip(stages, norms):
+        fold(patch_embed.proj, after=norm)
+        patch_embed.norm = nn.Identity()
+        for j, block in enumerate(blocks):
+            blocks[j] = FusedBlock(block, *norms_of_blocks[j])
+
+
+# --- What can be folded -------------------------------------------------------------------
+
+# What of a block is folded, or gone afterwards.
+_FOLDED = {
+    '': Block, 'attn': Attention, 'attn.proj_1': nn.Conv2d, 'attn.proj_2': nn.Conv2d,
+    'mlp': MLP, 'mlp.fc1': nn.Conv2d, 'mlp.fc2': nn.Conv2d,
+}  # fmt: skip
+_REMOVERS = {
+    prune.BasePruningMethod: 'torch.nn.utils.prune.remove',
+    WeightNorm: 'torch.nn.utils.remove_weight_norm',
+    SpectralNorm: 'torch.nn.utils.remove_spectral_norm',
+}
+
+
+def norms_of(name: str, block: Any) -> tuple[Affine, Affine]:
+    """Return the norms of a block that can be folded."""
+    for path, cls in _FOLDED.items():
+        part = block.get_submodule(path)
+        check_as_built(f'{name}.{path}'.rstrip('.'), part, cls)
+        if cls is nn.Conv2d and (part.groups > 1 or part.padding != (0, 0)):
+            raise TypeError(f'{name}.{path} cannot be folded: it pads, or has groups.')
+    channels = block.attn.proj_1.weight[0, :, 0, 0]
+    norm1, norm2 = (affine(f'{name}.norm{i}', block.get_submodule(f'norm{i}'), channels)
+                    for i in (1, 2))  # fmt: skip
+    return norm1, norm2
+
+
+def check_as_built(name: str, module: Any, cls: type | None = None) -> None:
+    """Refuse a module that does something else than its class does with its weights."""
+    hooks = [
+        hook
+        for kind in ('forward_pre', 'forward', 'backward_pre', 'backward')
+        for hook in getattr(module, f'_{kind}_hooks').values()
+    ]
+    removers = [call for kind, call in _REMOVERS.items()
+                if any(isinstance(hook, kind) for hook in hooks)]  # fmt: skip
+    if parametrize.is_parametrized(module):
+        removers = ['torch.nn.utils.parametrize.remove_parametrizations']
+    if removers:
+        reason = f"its weight is computed from others; call {removers[0]}(module, 'weight') first"
+    elif hooks:
+        reason = f'it has {len(hooks)} hooks, which would see other maps; remove them first'
+    elif 'forward' in vars(module):
+        reason = 'its forward was replaced; delete that first'
+    elif cls is not None and type(module) is not cls:
+        reason = f'it is a {type(module).__name__}, not the {cls.__name__} that was built'
+    elif cls is nn.Conv2d and module.bias is None:
+        reason = 'it has no bias'
+    else:
+        return
+    raise TypeError(f'{name} cannot be folded: {reason}.')
+
+
+def affine(name: str, norm: nn.Module, like: Tensor) -> Affine:
+    """A norm in inference as a factor and a summand for each channel.
+
+    Of whatever class: the norm itself says what it makes of zeros, ones and other numbers.
+    ``like`` has a number for each channel.
+    """
+    check_as_built(name, norm)
+    device = 'meta' if like.is_meta else 'cpu'
+    twin = copy.deepcopy(norm).to(device, torch.float64).eval()
+    ones = torch.ones(2, len(like), 3, 5, device=device, dtype=torch.float64)
+    numbers = torch.arange(ones.numel(), device=device).view_as(ones).double().sin()
+    summand = twin(torch.zeros_like(ones))
+    factor = twin(ones) - summand
+    if not like.is_meta and not torch.allclose(twin(numbers), factor * numbers + summand):
+        raise TypeError(
+            f'{name} cannot be folded: it is {norm}, and only BatchNorm with statistics of its '
+            'own can be part of a convolution.'
+        )
+    return factor[0, :, 0, 0].to(like), summand[0, :, 0, 0].to(like)

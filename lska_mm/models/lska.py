@@ -14,7 +14,7 @@ from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .layers import DepthwiseConv2d, PointwiseConv2d, conv_add, conv_gelu, multiply, scaled
+from ..fast.door import fast_path, has_fast_path
 
 ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
@@ -87,6 +87,13 @@ def kernel_layout(attention: str, kernel_size: int) -> dict[str, tuple[tuple[int
     return layouts[attention]
 
 
+def depthwise_conv(channels: int, kernel: tuple[int, int], dilation: int = 1) -> nn.Conv2d:
+    """Build a depth-wise convolution that keeps height and width."""
+    height, width = kernel
+    padding = dilation * (height // 2), dilation * (width // 2)
+    return nn.Conv2d(channels, channels, kernel, 1, padding, dilation, channels)
+
+
 def check_channels(x: Tensor, expected: int, whose: str) -> None:
     """Refuse a map (B, C, H, W) of another number of channels.
 
@@ -100,6 +107,7 @@ def check_channels(x: Tensor, expected: int, whose: str) -> None:
 
 
 @MODELS.register_module()
+@has_fast_path('gate')
 class LSKA(Sequential):
     """Large-kernel gate: each pixel scaled by what its neighborhood holds.
 
@@ -130,9 +138,9 @@ class LSKA(Sequential):
     ):
         layout = kernel_layout(attention, kernel_size)
         convs: OrderedDict[str, nn.Module] = OrderedDict(
-            (name, DepthwiseConv2d(in_channels, *conv)) for name, conv in layout.items()
+            (name, depthwise_conv(in_channels, *conv)) for name, conv in layout.items()
         )
-        convs['conv1'] = PointwiseConv2d(in_channels, in_channels)
+        convs['conv1'] = nn.Conv2d(in_channels, in_channels, 1)
         super().__init__(convs, init_cfg=init_cfg)
         self.in_channels = in_channels
         self.kernel_size = kernel_size
@@ -140,27 +148,20 @@ class LSKA(Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
         check_channels(x, self.in_channels, 'LSKA')
-        return multiply(super().forward(x), x, self[-1])
+        fast = fast_path(self, x)
+        return fast(x) if fast else x * super().forward(x)
 
 
+@has_fast_path('attention')
 class Attention(BaseModule):
-    """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same.
-
-    With a ``scale`` (C,) the sum is scaled.
-    """
+    """1x1, GELU, gate, 1x1, plus its own input: (B, C, H, W) to the same."""
 
     def __init__(self, channels: int, kernel_size: int, attention: str):
         super().__init__()
-        self.proj_1 = PointwiseConv2d(channels, channels)
+        self.proj_1 = nn.Conv2d(channels, channels, 1)
+        self.activation = nn.GELU()
         self.spatial_gating_unit = LSKA(channels, kernel_size, attention)
-        self.proj_2 = PointwiseConv2d(channels, channels)
+        self.proj_2 = nn.Conv2d(channels, channels, 1)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """All but the last convolution."""
-        return self.spatial_gating_unit(conv_gelu(self.proj_1, x))
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        gated = self.gated(x)
-        if scale is None:
-            return conv_add(self.proj_2, gated, x)
-        return torch.addcmul(scaled(self.proj_2, gated, scale), x, scale[:, None, None])
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj_2(self.spatial_gating_unit(self.activation(self.proj_1(x))))

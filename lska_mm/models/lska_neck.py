@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from mmengine.model import BaseModule, ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .eager import is_channels_last, prefers_channels_last
+from ..fast.door import fast_path, layout_of, preferred_layout
 from .lska import Attention, check_channels
 
 
@@ -59,8 +58,7 @@ class LSKANeck(BaseModule):
         outs = []
         for i, (x, block) in enumerate(zip(inputs, self.blocks)):
             check_channels(x, self.in_channels[i], f'Block {i} of LSKANeck')
-            layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-            if prefers_channels_last(x, self):
-                x = x.contiguous(memory_format=torch.channels_last)
-            outs.append(block(x).contiguous(memory_format=layout))
+            layout = layout_of(x)
+            x = x.contiguous(memory_format=preferred_layout(x, self))
+            outs.append((fast_path(block, x) or block)(x).contiguous(memory_format=layout))
         return tuple(outs)

@@ -8,7 +8,8 @@ follow OpenMMLab's backbones.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..fast.door import layout_of, preferred_layout
 from ..weights.match import adapt_state_dict
 from .archs import parse_arch, parse_kernel_size, parse_out_indices
-from .block import Block, PatchEmbed
-from .deploy import FusedBlock, affine, fold, pack
-from .eager import is_channels_last, prefers_channels_last
-from .layers import norm_channels
+from .block import Block, PatchEmbed, normalizes_last_axis
+from .deploy import fold_stages
 
 
 @MODELS.register_module()
@@ -95,7 +95,7 @@ class LSKAVAN(BaseModule):
             )
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self._refuses: bool | None = None  # set while `load_state_dict` is called on this module
+        self._strict: bool | None = None  # see `_strictly`
 
         depths = self.arch['depths']
         kernel_sizes = parse_kernel_size(kernel_size, len(depths))
@@ -115,6 +115,7 @@ class LSKAVAN(BaseModule):
             self.add_module(f'block{i + 1}', blocks)
             self.add_module(f'norm{i + 1}', build_norm_layer(stage_norm_cfg, channels)[1])
             in_channels = channels
+        self.norms_last_axis = normalizes_last_axis(getattr(self, f'norm{i + 1}'), channels)
         self.deployed = False
         if deploy:
             self.switch_to_deploy()
@@ -134,16 +135,18 @@ class LSKAVAN(BaseModule):
             (B, embed_dims[i], H / 2^(i + 2), W / 2^(i + 2)) for stage i, sizes
             rounded up; channels_last where ``x`` is.
         """
-        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        if prefers_channels_last(x, self):
-            x = x.contiguous(memory_format=torch.channels_last)
+        layout, fastest = layout_of(x), preferred_layout(x, self)
         outs = []
         for i in range(self.num_stages):
             patch_embed, blocks, norm = self._stage(i)
-            x = patch_embed(x)
+            x = patch_embed(x).contiguous(memory_format=fastest)
             for block in blocks:
                 x = block(x)
-            x = norm_channels(norm, x)
+            if self.norms_last_axis:
+                x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                x = x.contiguous(memory_format=fastest)
+            else:
+                x = norm(x)
             outs.append(x)
         return tuple(outs[i].contiguous(memory_format=layout) for i in self.out_indices)
 
@@ -157,7 +160,8 @@ class LSKAVAN(BaseModule):
                     nn.init.normal_(module.weight, 0, math.sqrt(2 * module.groups / fan_out))
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-        super().init_weights()
+        with self._strictly(True):  # MMEngine's `Pretrained` only warns of what stays random
+            super().init_weights()
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
@@ -168,17 +172,12 @@ class LSKAVAN(BaseModule):
         dict then is that of ``LSKAVAN(..., deploy=True)``.
 
         Raises:
-            TypeError: If ``norm_cfg`` is another norm than BatchNorm.
+            TypeError: If a norm is not BatchNorm in inference, or a part is not as it was
+                built; names it, and changes nothing.
         """
         if self.deployed:
             return
-        for i in range(self.num_stages):
-            patch_embed, blocks, _ = self._stage(i)
-            fold(patch_embed.proj, after=affine(patch_embed.norm))
-            patch_embed.norm = nn.Identity()
-            for j, block in enumerate(blocks):
-                blocks[j] = FusedBlock(block).eval()
-        pack(self)
+        fold_stages([self._stage(i)[:2] for i in range(self.num_stages)])
         self.eval()
         self.deployed = True
 
@@ -228,12 +227,20 @@ class LSKAVAN(BaseModule):
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
         """Load tensors in any published layout; with ``strict=False`` a part of them."""
-        self._refuses = strict
-        try:
+        with self._strictly(strict):
             return super().load_state_dict(state_dict, strict, **kwargs)
-        finally:
-            self._refuses = None
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        adapt_state_dict(self, state_dict, prefix, self._refuses)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
+        file = local_metadata.get('file')  # of tensors that MMEngine has read from one
+        strict = file is not None if self._strict is None else self._strict
+        adapt_state_dict(self, state_dict, prefix, strict, file or '')
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
+    @contextmanager
+    def _strictly(self, strict: bool) -> Iterator[None]:
+        """Whether to refuse tensors that are not just this backbone's."""
+        self._strict = strict
+        try:
+            yield
+        finally:
+            self._strict = None

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -10,8 +11,7 @@ from urllib.parse import urlparse
 import torch
 from mmengine.dist import barrier, get_rank
 
-from . import match
-from .names import CheckpointError, RefusedError, convert_state_dict, get_state_dict
+from .names import CheckpointError, RefusedError, convert_state_dict, from_file, get_state_dict
 from .reader import read
 
 # torch's own names
@@ -27,7 +27,8 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
     Serves ``Pretrained``, ``load_from``, ``--resume`` and `init_detector`. An
     LSKA-VAN in the published layout comes back under this package's names, so
-    that detectors and segmentors can start from it by its path alone.
+    that detectors and segmentors can start from it by its path alone. An `LSKAVAN`
+    refuses what of it would leave a part of the backbone random, see `from_file`.
 
     Args:
         filename: A file that `torch.save` wrote.
@@ -59,13 +60,17 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             f'{path} is damaged, or not a checkpoint of torch.save '
             f'({type(error).__name__}: {reason}).'
         ) from error
-    match.last_read = path
+    if not isinstance(checkpoint, Mapping):
+        return checkpoint
     state_dict = get_state_dict(checkpoint)
+    wrapped = state_dict is not checkpoint
     if any(_SEPARABLE.fullmatch(str(key)) for key in state_dict):
+        # `Pretrained(prefix='module.')` asks for that; others take it off
+        prefix = 'module.' if all(str(key).startswith('module.') for key in state_dict) else ''
         converted = convert_state_dict(state_dict, path)
-        wrapped = state_dict is not checkpoint
-        checkpoint = {**checkpoint, 'state_dict': converted} if wrapped else converted
-    return checkpoint
+        state_dict = {f'{prefix}{key}': value for key, value in converted.items()}
+    state_dict = from_file(state_dict, path)
+    return {**checkpoint, 'state_dict': state_dict} if wrapped else state_dict
 
 
 def find_checkpoint(filename: str) -> str:

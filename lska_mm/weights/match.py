@@ -5,17 +5,19 @@ behind as random weights and a warning: `adapt_state_dict` makes that an error.
 """
 
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..models.archs import ARCHS
-from .names import CheckpointError, convert_key, convert_state_dict
+from .names import CheckpointError, convert_key, convert_state_dict, from_file
 
-last_read = ''  # the file that `load_from_local` read last, for errors to name
-_loads_whole = False  # while `load_whole` asks PyTorch to load what fits
+# What every VAN has, and no subclass adds.
+_PUBLISHED = re.compile(
+    r'(norm\d+|patch_embed\d+\.(proj|norm)|block\d+\.\d+\.(norm[12]|layer_scale_[12]|shortcut|'
+    r'attn\.(proj_[12]|spatial_gating_unit\.\w+)|mlp\.(fc[12]|dwconv)))(\.[^.]+)?'
+)
 
 # --- What a set of tensors is --------------------------------------------------
 
@@ -124,17 +126,14 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
         CheckpointError: If tensors are missing or have other shapes; says what
             the file holds.
     """
-    global _loads_whole
     model = unwrap(model)
     tensors = {re.sub(r'^(module\.)+', '', str(key)): v for key, v in state_dict.items()}
-    _loads_whole = True
+    tensors = from_file(tensors, '')
     try:
         missing = model.load_state_dict(tensors, strict=False).missing_keys
         problem = f'{len(missing)} tensors are missing (first: {missing[0]})' if missing else ''
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip().rstrip('.')
-    finally:
-        _loads_whole = False
     if problem:
         raise CheckpointError(
             f'{source} cannot be loaded into the {type(model).__name__} of the config: '
@@ -143,20 +142,20 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
 
 
 def adapt_state_dict(
-    backbone: Any, state_dict: dict[str, Any], prefix: str, refuse: bool | None = None
+    backbone: Any, state_dict: dict[str, Any], prefix: str, refuse: bool, file: str = ''
 ) -> None:
     """Give the tensors of a backbone in ``state_dict`` its own names, in place.
 
-    What follows ``prefix`` may be in any layout. Tensors of modules that a
-    subclass adds stay; what is not the backbone's (a head, a neck, stages that
-    it did not build) is dropped.
+    What follows ``prefix`` may be in any layout. What is not the backbone's (a head, a neck,
+    stages that it did not build) is dropped. Modules that a subclass adds, in blocks too,
+    may be among the tensors or not.
 
     Args:
         backbone: An `LSKAVAN`.
         state_dict: Tensors, of other modules too.
         prefix: What stands in front of the backbone's names.
-        refuse: Whether to refuse what is not exactly the backbone's; None where
-            PyTorch would not tell, which is where MMEngine loads.
+        refuse: Whether to refuse what is not exactly the backbone's.
+        file: What the tensors are from, for errors to begin with.
 
     Raises:
         CheckpointError: If it is refused: a part of the backbone would be left random,
@@ -173,11 +172,8 @@ def adapt_state_dict(
         for key, value in found.items()
         if int(re.findall(r'\d+', key)[0]) <= backbone.num_stages
     }
-    in_mmengine = _is_called_by_mmengine()
-    refuse = in_mmengine or _loads_whole if refuse is None else refuse
     problem = _compare(built, expected) if refuse else None
     if problem:
-        file = last_read if in_mmengine else ''
         where = ', '.join(filter(None, (file, prefix.rstrip('.'))))
         raise CheckpointError(
             f'{where}{": " if where else ""}{_explain(found, expected, list(offered), problem)} '
@@ -188,14 +184,6 @@ def adapt_state_dict(
         if not _is_van(name) and name.partition('.')[0] in more:
             state_dict[prefix + name] = value
     state_dict.update((prefix + key, value) for key, value in built.items())
-
-
-def _is_called_by_mmengine() -> bool:
-    """Tell whether MMEngine's function loads, which only warns of what it leaves random."""
-    frame = sys._getframe(1)
-    while frame.f_code.co_name in ('adapt_state_dict', '_load_from_state_dict') and frame.f_back:
-        frame = frame.f_back
-    return frame.f_globals.get('__name__') == 'mmengine.runner.checkpoint'
 
 
 def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str) -> str:
@@ -237,7 +225,8 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
     others = [key for key, value in found.items() if not isinstance(value, Tensor)]
     if others:
         return f'{len(others)} of them are not tensors (first: {others[0]})'
-    missing = [k for k in expected if k not in found and not k.endswith('num_batches_tracked')]
+    missing = [key for key in expected if key not in found and _PUBLISHED.fullmatch(key)
+               and not key.endswith('num_batches_tracked')]  # fmt: skip
     if missing:
         return f'{len(missing)} tensors are missing (first: {missing[0]})'
     extra = [key for key in found if key not in expected]

@@ -11,6 +11,7 @@ Layouts met in the wild, all of which load without a flag:
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,3 +86,32 @@ def get_state_dict(checkpoint: Any) -> Mapping[str, Tensor]:
         return {}
     state_dict = checkpoint.get('state_dict', checkpoint)
     return state_dict if isinstance(state_dict, Mapping) else {}
+
+
+class _FileMetadata(OrderedDict):
+    """The ``_metadata`` of tensors from a file, which tells every module the file's name.
+
+    PyTorch and MMEngine hand each module what `get` returns for its path. In a checkpoint
+    that is saved with it, it is an ordinary dictionary again.
+    """
+
+    def __init__(self, known: Mapping[str, Any], file: str):
+        super().__init__(known)
+        self.file = file
+
+    def get(self, key, default=None):
+        return {**super().get(key, {}), 'file': self.file}
+
+    def __reduce__(self):
+        return OrderedDict, (list(self.items()),)
+
+
+def from_file(state_dict: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Return the same tensors, of which an `LSKAVAN` that loads them knows the file.
+
+    It then refuses tensors that would leave a part of it random, as MMEngine does not.
+    """
+    result = OrderedDict(state_dict)
+    known = getattr(state_dict, '_metadata', {})
+    result._metadata = _FileMetadata(known, file)  # type: ignore[attr-defined]
+    return result

@@ -11,7 +11,7 @@ from mmengine.runner.checkpoint import load_state_dict
 
 from .channels import resize_channels
 from .match import describe
-from .names import convert_state_dict, get_state_dict
+from .names import convert_state_dict, from_file, get_state_dict
 from .resize import resize_kernels, summarize_errors
 
 _STAGE = re.compile(r'backbone\.(?:patch_embed|block|norm)(\d+)\..+')
@@ -76,6 +76,6 @@ class ResizedPretrained:
                 f'{found["in_channels"]}, now {wanted["in_channels"]}',
                 logger='current',
             )
-        load_state_dict(module, state, logger='current')  # refuses what else differs
+        load_state_dict(module, from_file(state, self.checkpoint), logger='current')
         if hasattr(module, '_params_init_info'):  # MMEngine's record of who set what
             update_init_info(module, f'ResizedPretrained: load from {self.checkpoint}')

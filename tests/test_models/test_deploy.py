@@ -1,14 +1,15 @@
 """Norms and scales folded into convolutions."""
 
 import copy
-import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize, prune
 
-from conftest import published, reference_error, reference_image, small
+from conftest import published, reference_error, reference_image, small, trained
 from lska_mm.models.lska import ATTENTIONS
 from lska_mm.weights.names import CheckpointError
 
@@ -61,36 +62,6 @@ def test_deployed_state_dict_reloads():
         again.load_state_dict(small().state_dict())
 
 
-def test_packed_weights_follow_the_parameters():
-    """After load_state_dict, in a copy and in a pickle."""
-    backbone, image = small(deploy=True), torch.rand(1, 3, 32, 32)
-    with torch.no_grad():
-        before = backbone(image)[1]  # packs
-        for clone in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
-            twin = clone(backbone)
-            assert torch.equal(twin(image)[1], before)
-            twin.load_state_dict({k: v + 0.1 for k, v in twin.state_dict().items()})
-            fresh = small(deploy=True)
-            fresh.load_state_dict(twin.state_dict())
-            assert torch.equal(twin(image)[1], fresh(image)[1])
-            assert not torch.equal(twin(image)[1], before)
-            assert torch.equal(backbone(image)[1], before)
-
-
-def test_weights_are_packed_for_the_size_of_the_maps():
-    """What suits large maps is up to twice as slow on small ones, and the other way round."""
-    backbone = small(deploy=True)
-
-    def packed(side):
-        with torch.no_grad():
-            backbone(torch.rand(1, 3, side, side))
-        return backbone.block1[0].mlp.fc1._packed[1]
-
-    first = packed(96)
-    assert packed(98) is first
-    assert packed(288) is not first
-
-
 def test_deploying_in_training_mode_ends_in_evaluation():
     """MMDeploy calls it before `eval()`."""
     backbone, twin, image = small().train(), small().eval(), torch.rand(1, 3, 32, 32)
@@ -104,9 +75,197 @@ def test_deploying_in_training_mode_ends_in_evaluation():
         torch.nn.Sequential(backbone).train()
 
 
-def test_deploying_other_norms_is_refused_and_changes_nothing():
-    backbone = small(norm_cfg=dict(type='GN', num_groups=2)).eval()
-    before = copy.deepcopy(backbone.state_dict())
-    with pytest.raises(TypeError, match='Only BatchNorm can be part of a convolution, not GroupN'):
+# --- What can be folded, and what cannot --------------------------------------------------
+
+PARTS = ('patch_embed1.proj', 'block1.0.attn.proj_1', 'block1.0.attn.proj_2', 'block1.1.mlp.fc1',
+         'block2.0.mlp.fc2')  # fmt: skip
+PARAMETRIZE = r"call torch.nn.utils.parametrize.remove_parametrizations\(module, 'weight'\) first"
+
+
+def pruned(backbone, name):
+    prune.l1_unstructured(backbone.get_submodule(name), 'weight', 0.4)
+    return r"call torch.nn.utils.prune.remove\(module, 'weight'\) first"
+
+
+def weight_normed(backbone, name):
+    nn.utils.parametrizations.weight_norm(backbone.get_submodule(name))
+    return PARAMETRIZE
+
+
+def weight_normed_by_hooks(backbone, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        nn.utils.weight_norm(backbone.get_submodule(name))
+    return r"call torch.nn.utils.remove_weight_norm\(module, 'weight'\) first"
+
+
+def spectral_normed(backbone, name):
+    nn.utils.parametrizations.spectral_norm(backbone.get_submodule(name))
+    return PARAMETRIZE
+
+
+def spectral_normed_by_hooks(backbone, name):
+    nn.utils.spectral_norm(backbone.get_submodule(name))
+    return r"call torch.nn.utils.remove_spectral_norm\(module, 'weight'\) first"
+
+
+def hooked(backbone, name):
+    backbone.get_submodule(name).register_forward_hook(lambda module, inputs, out: 2 * out)
+    return 'it has 1 hooks, which would see other maps; remove them first'
+
+
+def hooked_before(backbone, name):
+    backbone.get_submodule(name).register_forward_pre_hook(lambda module, inputs: None)
+    return 'it has 1 hooks, which would see other maps; remove them first'
+
+
+def replaced_forward(backbone, name):
+    conv = backbone.get_submodule(name)
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+    return 'its forward was replaced; delete that first'
+
+
+class Subclass(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def of_a_subclass(backbone, name):
+    backbone.get_submodule(name).__class__ = Subclass
+    return 'it is a Subclass, not the Conv2d that was built'
+
+
+def wrapped(backbone, name):
+    path, _, last = name.rpartition('.')
+    parent = backbone.get_submodule(path)
+    setattr(parent, last, nn.Sequential(getattr(parent, last), nn.Tanh()))
+    return 'it is a Sequential, not the Conv2d that was built'
+
+
+def without_bias(backbone, name):
+    backbone.get_submodule(name).bias = None
+    return 'it has no bias'
+
+
+@pytest.mark.parametrize('name', PARTS)
+@pytest.mark.parametrize('change', [
+    pruned, weight_normed, weight_normed_by_hooks, spectral_normed, spectral_normed_by_hooks,
+    hooked, hooked_before, replaced_forward, of_a_subclass, wrapped, without_bias,
+])  # fmt: skip
+def test_a_changed_convolution_is_refused_and_nothing_changes(change, name):
+    backbone, image = trained(), torch.rand(1, 3, 64, 64)
+    reason = change(backbone, name)
+    with torch.no_grad():
+        before = backbone(image)
+        with pytest.raises(TypeError, match=f'^{name} cannot be folded: .*{reason}') as error:
+            backbone.switch_to_deploy()
+        assert len(str(error.value).splitlines()) == 1
+        assert not backbone.deployed
+        assert all(torch.equal(a, b) for a, b in zip(backbone(image), before))
+        backbone.train()(image)  # as it was
+
+
+def removed_pruning(backbone, conv):
+    prune.l1_unstructured(conv, 'weight', 0.4)
+    prune.remove(conv, 'weight')
+
+
+def removed_weight_norm(backbone, conv):
+    nn.utils.parametrizations.weight_norm(conv)
+    parametrize.remove_parametrizations(conv, 'weight')
+
+
+@pytest.mark.parametrize('change', [removed_pruning, removed_weight_norm])
+def test_what_the_error_says_helps(change):
+    backbone, image = trained(), torch.rand(1, 3, 64, 64)
+    for name in PARTS:
+        change(backbone, backbone.get_submodule(name))
+    assert_deployed_is_the_same(backbone, image)
+
+
+def assert_deployed_is_the_same(backbone, image):
+    backbone.double()
+    with torch.no_grad():
+        before = backbone(image.double())
+        backbone.switch_to_deploy()
+        for out, expected in zip(backbone(image.double()), before):
+            torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
+
+
+def frozen_batch_norm(backbone):
+    ops = pytest.importorskip('torchvision.ops')
+    for module in list(backbone.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                frozen = ops.FrozenBatchNorm2d(child.num_features, child.eps)
+                state = child.state_dict()
+                del state['num_batches_tracked']
+                frozen.load_state_dict(state)
+                setattr(module, name, frozen)
+
+
+def fused_by_mmcv(backbone):
+    from mmcv.cnn import fuse_conv_bn
+
+    fuse_conv_bn(backbone)
+
+
+def fused_by_torch(backbone):
+    patch = backbone.patch_embed1
+    patch.proj = nn.utils.fuse_conv_bn_eval(patch.proj, patch.norm)
+    patch.norm = nn.Identity()
+
+
+def some_norms_gone(backbone):
+    backbone.block1[0].norm1 = nn.Identity()
+    backbone.block2[0].norm2 = nn.Identity()
+
+
+def in_training_mode(backbone):
+    for module in backbone.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+    backbone(torch.rand(2, 3, 64, 64))
+    backbone.eval()
+
+
+@pytest.mark.parametrize('change', [
+    frozen_batch_norm, fused_by_mmcv, fused_by_torch, some_norms_gone, in_training_mode,
+])  # fmt: skip
+def test_norms_that_can_be_folded(change):
+    backbone = trained()
+    change(backbone)
+    assert_deployed_is_the_same(backbone, torch.rand(2, 3, 61, 83))
+
+
+@pytest.mark.parametrize('norm_cfg', [
+    dict(type='BN', affine=False), dict(type='SyncBN'), dict(type='BN', eps=0.1),
+    dict(type='BN', track_running_stats=True, requires_grad=False),
+])  # fmt: skip
+def test_norms_of_configs_that_can_be_folded(norm_cfg):
+    assert_deployed_is_the_same(trained(norm_cfg=norm_cfg), torch.rand(2, 3, 61, 83))
+
+
+@pytest.mark.parametrize('norm_cfg', [
+    dict(type='GN', num_groups=2), dict(type='IN'), dict(type='BN', track_running_stats=False),
+    dict(type='mmpretrain.LN2d'),
+])  # fmt: skip
+def test_norms_that_cannot_be_folded_are_refused_and_nothing_changes(norm_cfg):
+    pytest.importorskip('mmpretrain.models')
+    backbone, image = trained(norm_cfg=norm_cfg), torch.rand(2, 3, 64, 64)
+    before, expected = copy.deepcopy(backbone.state_dict()), backbone(image)
+    message = 'patch_embed1.norm cannot be folded: it is .*, and only BatchNorm with statistics of'
+    with pytest.raises(TypeError, match=message):
         backbone.switch_to_deploy()
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(backbone(image), expected))
+
+
+def test_a_stock_tool_that_fuses_afterwards_finds_nothing():
+    from mmcv.cnn import fuse_conv_bn
+
+    backbone, image = trained(), torch.rand(1, 3, 64, 64)
+    backbone.switch_to_deploy()
+    with torch.no_grad():
+        expected = backbone(image)
+        assert all(torch.equal(a, b) for a, b in zip(fuse_conv_bn(backbone)(image), expected))

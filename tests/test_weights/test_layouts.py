@@ -135,11 +135,13 @@ def test_load_state_dict_into_a_backbone(layout):
     assert list(state) == keys
 
 
-@pytest.mark.parametrize('prefix', [None, 'backbone.'])
-def test_pretrained_into_a_detector(layout, prefix):
+@pytest.mark.parametrize('with_prefix', [False, True])
+def test_pretrained_into_a_detector(layout, with_prefix):
+    """By the prefix that names have in the file, too, as for any backbone."""
     name, path = layout
     cfg = detector_config(name, path)
-    if prefix:
+    if with_prefix:
+        prefix = 'module.' if 'parallel' in name else 'backbone.'
         cfg.model.backbone.init_cfg.prefix = prefix
     detector = build_detector(cfg)
     detector.init_weights()

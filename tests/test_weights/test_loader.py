@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.runner import CheckpointLoader, load_checkpoint
+from torch import nn
 
 from conftest import ROOT, published_state, small
 from lska_mm import LSKAVAN, load_from_local
@@ -45,10 +46,21 @@ def test_published_weights_come_back_under_our_names(prefix, tmp_path):
     state = {prefix + key: value for key, value in content['state_dict'].items()}
     content.update(state_dict=state, meta=dict(config='x = 1'), state_dict_ema=dict(state))
     path = save(content, tmp_path / 'published.pth')
-    expected = {**torch.load(path, weights_only=False), 'state_dict': convert_state_dict(state)}
+    renamed = {prefix + key: value for key, value in convert_state_dict(state).items()}
+    expected = {**torch.load(path, weights_only=False), 'state_dict': renamed}
     assert same(load_from_local(str(path)), expected)
     save(state, path)
-    assert same(load_from_local(str(path)), convert_state_dict(state))
+    assert same(load_from_local(str(path)), renamed)
+
+
+def test_what_is_known_of_a_file_is_not_saved_again(tmp_path):
+    """A training that saves what it has loaded writes an ordinary file."""
+    expected = nn.ModuleDict(dict(backbone=small())).state_dict()
+    content = load_from_local(str(save(expected, tmp_path / 'a.pth')))
+    assert content._metadata.get('backbone')['file'] == str(tmp_path / 'a.pth')
+    found = torch.load(save(content, tmp_path / 'b.pth'), weights_only=True)
+    assert type(found._metadata) is type(expected._metadata)
+    assert found._metadata == expected._metadata
 
 
 def test_a_path_in_the_home_folder(tmp_path, monkeypatch):

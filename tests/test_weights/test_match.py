@@ -263,6 +263,62 @@ def test_a_subclass_starts_from_published_weights(published_file):
         assert torch.equal(value, before[key] if own else published[f'backbone.{key}'])
 
 
+class AdaptedInside(LSKAVAN):
+    """With modules inside its blocks and behind its stages' parts."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for blocks in (self.block1, self.block2):
+            for block in blocks:
+                block.mlp.adapter = nn.Conv2d(block.mlp.fc1.in_channels, 4, 1)
+                block.prompt = nn.Parameter(torch.rand(4))
+        self.patch_embed1.adapter = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize('way', ['init_weights', 'load_checkpoint', 'detector'])
+def test_a_subclass_with_modules_in_its_blocks_takes_a_whole_van(way, published_file):
+    """What it brings along stays as it was initialized; a part of a VAN is refused, as ever."""
+    state = {k: v for k, v in PUBLISHED.items() if 'head' not in k}
+
+    def load(path):
+        init_cfg = dict(type='Pretrained', checkpoint=str(path))
+        backbone = AdaptedInside(init_cfg=init_cfg if way == 'init_weights' else None)
+        before = {key: value.clone() for key, value in backbone.state_dict().items()}
+        if way == 'init_weights':
+            backbone.init_weights()
+        else:
+            model = nn.ModuleDict(dict(backbone=backbone)) if way == 'detector' else backbone
+            load_checkpoint(model, str(path))
+        return before, backbone.state_dict()
+
+    before, after = load(published_file)
+    whole = {key[9:]: value for key, value in convert_state_dict(state).items()}
+    for key, value in after.items():
+        own = 'adapter' in key or 'prompt' in key
+        assert torch.equal(value, before[key] if own else whole[key]), key
+    del state['block1.0.mlp.fc1.weight']
+    torch.save(state, published_file.with_name('part.pth'))
+    with pytest.raises(CheckpointError, match=r'block1\.0\.mlp\.fc1\.weight'):
+        load(published_file.with_name('part.pth'))
+
+
+@pytest.mark.parametrize('prefix', ['module.', 'backbone.', 'student.encoder.'])
+def test_pretrained_takes_the_tensors_behind_a_prefix(prefix, tmp_path):
+    """As MMEngine does for a ResNet; of a wrong one it says what is there."""
+    wanted, path = small().state_dict(), str(tmp_path / 'weights.pth')
+    torch.save(dict(state_dict={f'{prefix}{key}': v for key, v in wanted.items()}), path)
+
+    def load(prefix):
+        init_cfg = dict(type='Pretrained', checkpoint=path, prefix=prefix)
+        backbone = LSKAVAN(SMALL, 11, out_indices=(0, 1), init_cfg=init_cfg)
+        backbone.init_weights()
+        return backbone.state_dict()
+
+    assert all(torch.equal(value, wanted[key]) for key, value in load(prefix).items())
+    with pytest.raises((CheckpointError, AssertionError), match=r'teacher|No LSKA-VAN'):
+        load('teacher.')
+
+
 def test_a_subclass_needs_its_tensors_in_strict_loading():
     with pytest.raises(RuntimeError, match=r'Missing key.*"scale", "adapter.weight"'):
         Adapted('tiny', 23).load_state_dict(PUBLISHED)

@@ -171,6 +171,7 @@ CONVERTERS = [name for name in TOOLS if 'convert' in name]
 
 def start(tool, arguments, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+    monkeypatch.syspath_prepend((ROOT / 'tools' / tool).parent)  # as a script has it
     runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
 
 

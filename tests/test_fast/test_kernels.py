@@ -13,8 +13,8 @@ from conftest import ROOT
 
 CONVOLUTIONS = """
 import torch
-from lska_mm.models import depthwise
-depthwise.TILE, depthwise.TILE_OF_WEIGHTS = 2048, 1024  # several tiles, and shares
+from lska_mm.fast import kernels
+kernels.TILE, kernels.TILE_OF_WEIGHTS = 2048, 1024  # several tiles, and shares
 torch.manual_seed(0)
 for rows, columns, dilation in [(1, 5, 1), (7, 1, 3), (3, 3, 1), (1, 17, 3)]:
     for channels in (5, 80):
@@ -25,24 +25,24 @@ for rows, columns, dilation in [(1, 5, 1), (7, 1, 3), (3, 3, 1), (1, 17, 3)]:
         exact = [t.detach().double().requires_grad_() for t in inputs]
         padding = dilation * (rows // 2), dilation * (columns // 2)
         expected = torch.nn.functional.conv2d(*exact, 1, padding, dilation, channels)
-        found = depthwise.convolve(*inputs, dilation)
+        found = kernels.convolve(*inputs, dilation)
         assert found.stride() == x.stride()
         pairs = [(found, expected)]
         pairs += zip(torch.autograd.grad(found, inputs, grad),
                      torch.autograd.grad(expected, exact, grad.double(), create_graph=True))
         for one, other in pairs:
             assert (one - other).abs().max() <= 1e-5 * other.abs().max()
-        twice = torch.autograd.grad(depthwise.convolve(*inputs, dilation), x, grad,
+        twice = torch.autograd.grad(kernels.convolve(*inputs, dilation), x, grad,
                                     create_graph=True)[0].square().sum()
         torch.autograd.grad(twice, weight)
-        half = depthwise.convolve(x.bfloat16(), weight, bias, dilation)
+        half = kernels.convolve(x.bfloat16(), weight, bias, dilation)
         assert half.dtype == torch.bfloat16
         assert (half - expected).abs().max() <= 1e-2 * expected.abs().max()
 if not torch.cuda.is_available():  # the log says that, and why
-    assert not depthwise.works(0)
+    assert not kernels.works(0)
 torch.set_default_dtype(torch.float16)  # of another part of the process
 weight, x = torch.ones(1, 1, 1, 5).float().requires_grad_(), torch.ones(1, 1, 200, 200).float()
-depthwise.convolve(3 * x, weight, torch.zeros(1).float(), 1).sum().backward()
+kernels.convolve(3 * x, weight, torch.zeros(1).float(), 1).sum().backward()
 assert weight.grad[0, 0, 0, 2] == 3 * 200 * 200
 print('equal')
 """
@@ -52,32 +52,36 @@ import torch
 from mmcv.ops import SyncBatchNorm
 from conftest import trained
 from lska_mm import LSKA
-from lska_mm.models import block, depthwise, eager, layers
-depthwise.TILE = depthwise.TILE_OF_WEIGHTS = 4096
+from lska_mm.fast import door, gpu, kernels
+kernels.TILE = kernels.TILE_OF_WEIGHTS = 4096
 images = torch.rand(2, 3, 32, 32)
 def outputs(model):
     outs = model(images)
     sum((out * out).mean() for out in outs).backward()
     return [out.detach() for out in outs], [p.grad for p in model.parameters()]
 plain = trained().train()
-other = copy.deepcopy(plain)
-expected, used, convolve = outputs(plain), [], depthwise.convolve
-eager.depthwise = layers.depthwise = depthwise  # as if a GPU were there, and the images large
-eager.has_kernels = layers.has_kernels = lambda x: True
-eager.LARGE = 1
-for module in (block, eager, layers):
-    module.is_eager_cpu = lambda x: False
-depthwise.convolve = lambda x, *more: used.append(x.shape) or convolve(x, *more)
+other, deployed = copy.deepcopy(plain), copy.deepcopy(plain).eval()
+expected, used, convolve = outputs(plain), [], kernels.convolve
+with torch.no_grad():
+    wanted = deployed(images)
+door.cpu, gpu.kernels = gpu, kernels  # as if a GPU were there, and the images large
+gpu._has_kernels, gpu.LARGE = lambda x: True, 1
+kernels.convolve = lambda x, *more: used.append(x.shape) or convolve(x, *more)
 found = outputs(other)
 assert len(used) == 15
-for ones, others in zip(found, expected):
+with torch.no_grad():
+    pairs = [(deployed(images), wanted)]
+    deployed.switch_to_deploy()
+    pairs.append((deployed(images), wanted))
+assert len(used) == 45
+for ones, others in [*zip(found, expected), *pairs]:
     largest = max(t.abs().max() for t in others)
     for one, other in zip(ones, others, strict=True):
         assert (one - other).abs().max() <= 1e-4 * largest
 norm = SyncBatchNorm.__new__(SyncBatchNorm)
 torch.nn.Module.__init__(norm)
 for module in (norm, LSKA(8, 23, 'LKA')):  # reads NCHW; has kernels of 7 x 7
-    assert not eager.prefers_channels_last(images, torch.nn.Sequential(plain, module))
+    assert not gpu.prefers_channels_last(images, torch.nn.Sequential(plain, module))
 print('equal')
 """
 

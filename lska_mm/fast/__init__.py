@@ -1,0 +1,1 @@
+"""The same numbers sooner; the network knows `door` alone."""

@@ -1,0 +1,178 @@
+"""Whether a part of the network may be computed faster, and how.
+
+The network is written in plain operators. Where it is called eagerly, and nothing listens
+to it, has changed it or traces it, `fast_path` gives a function with the same result.
+Whatever is not known to be right here is left to the plain operators.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules import module as torch_module
+
+from . import cpu, gpu
+
+if hasattr(torch.compiler, 'is_compiling'):
+    from torch.compiler import is_compiling
+
+    def is_autocast(device: str) -> bool:
+        return torch.is_autocast_enabled(device)
+else:  # torch 2.1
+    from torch._dynamo import is_compiling
+
+    def is_autocast(device: str) -> bool:
+        return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
+
+
+# What a module is made of: the names of its parts, and what each has to be.
+PARTS: dict[str, dict[str, Any]] = {
+    'attention': dict(proj_1='1x1', activation=nn.GELU, spatial_gating_unit='gate', proj_2='1x1'),
+    'mlp': dict(fc1='1x1', dwconv='depthwise', act=nn.GELU, fc2='1x1', drop=nn.Dropout),
+    'deployed': dict(attn='attention', mlp='mlp'),
+}
+_KINDS: dict[type, tuple[str, Callable]] = {}  # each class with a fast path, and its forward
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def has_fast_path(kind: str) -> Callable[[type], type]:
+    """Decorate a class of the network: its instances are of ``kind``, those of subclasses not."""
+
+    def register(cls: Any) -> Any:
+        _KINDS[cls] = kind, cls.forward
+        return cls
+
+    return register
+
+
+def fast_path(module: nn.Module, x: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return a function that gives what ``module(x)`` gives, faster; or None.
+
+    Args:
+        module: Of a class that `has_fast_path`.
+        x: Map (B, C, H, W), in any layout, which the function returns its map in.
+    """
+    device = _device(x)
+    if device is None or type(module) not in _KINDS:
+        return None
+    kind = _KINDS[type(module)][0]
+    function = device.find(kind, x)
+    if function is None or not _out_channels(module, kind, device.weights_like(x), x.shape[1]):
+        return None
+    return functools.partial(function, module)
+
+
+def preferred_layout(x: Any, backbone: nn.Module) -> torch.memory_format:
+    """Return the layout in which a backbone is fastest for images (B, C, H, W)."""
+    device = _device(x)
+    if device is not None and device.prefers_channels_last(x, backbone):
+        return torch.channels_last
+    return layout_of(x)
+
+
+def layout_of(x: Any) -> torch.memory_format:
+    """Return in which order a map (B, C, H, W) is in memory; a tracer's is the ordinary one."""
+    last = isinstance(x, Tensor) and not x.is_contiguous() and x.stride(1) == 1
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# --- The questions ----------------------------------------------------------------------
+
+
+def _device(x: Any) -> Any:
+    """Return the module for the device of ``x``; None if not just this call is computed now."""
+    if is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        return None
+    device: Any = cpu if x.is_cpu else gpu if x.is_cuda else None
+    if (
+        device is None
+        or x.numel() == 0
+        or torch_module._has_any_global_hook()
+        or torch._C._len_torch_dispatch_stack()  # what counts or records the operators
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or _methods() != _METHODS
+        or (x.is_cpu and (x.dtype != torch.float32 or is_autocast('cpu')))
+    ):
+        return None
+    return device
+
+
+def _methods() -> tuple:
+    """Return the functions that computing a module step by step calls."""
+    return (
+        nn.Module.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.GELU.forward,
+        nn.Dropout.forward, F.conv2d, F.gelu,
+    )  # fmt: skip
+
+
+_METHODS = _methods()
+
+
+def _out_channels(module: Any, kind: Any, like: tuple, channels: int) -> int:
+    """Return how many channels a module makes of ``channels``; 0 if it is not as it was built."""
+    if module is None:
+        return 0
+    state, cls = module.__dict__, type(module)
+    if (
+        state['_forward_hooks']
+        or state['_forward_pre_hooks']
+        or state['_backward_hooks']
+        or state['_backward_pre_hooks']
+        or 'forward' in state
+        or '_conv_forward' in state
+        or '_call_impl' in state
+        or '_compiled_call_impl' in state
+    ):
+        return 0
+    if kind == '1x1' or kind == 'depthwise':
+        return _out_channels_of_conv(state, kind, like, channels) if cls is nn.Conv2d else 0
+    if kind is nn.GELU:
+        return channels if cls is kind and state['approximate'] == 'none' else 0
+    if kind is nn.Dropout:
+        return channels if cls is kind and not (state['training'] and state['p']) else 0
+    if _KINDS.get(cls) != (kind, cls.forward):
+        return 0
+    parts, inputs = state['_modules'], channels
+    if kind == 'gate':  # the convolutions in their order, the last of them 1 x 1
+        kinds = dict.fromkeys(parts, 'depthwise')
+        kinds[next(reversed(parts), '')] = '1x1'
+    else:
+        kinds = PARTS[kind]
+    if parts.keys() != kinds.keys():
+        return 0
+    for name, part_kind in kinds.items():
+        channels = _out_channels(parts[name], part_kind, like, channels)
+        if not channels:
+            return 0
+    return channels if channels == inputs else 0
+
+
+def _out_channels_of_conv(state: dict, kind: str, like: tuple, channels: int) -> int:
+    """The same for a convolution that keeps height and width."""
+    weight, bias = map(state['_parameters'].get, ('weight', 'bias'))
+    if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
+        return 0
+    (out, inputs, height, width), dilation = weight.shape, state['dilation']
+    is_cpu, device, dtypes = like
+    if (
+        state['padding'] != (dilation[0] * (height // 2), dilation[1] * (width // 2))
+        or state['stride'] != (1, 1)
+        or state['padding_mode'] != 'zeros'
+        or not weight.is_cpu == bias.is_cpu == is_cpu
+        or not weight.get_device() == bias.get_device() == device
+        or weight.dtype not in dtypes
+        or bias.dtype is not weight.dtype
+        or not weight.is_contiguous()
+        or bias.shape != (out,)
+    ):
+        return 0
+    if kind == '1x1':
+        return out if state['groups'] == 1 and inputs == channels and height == width == 1 else 0
+    known = state['groups'] == out == channels and inputs == 1 and dilation[0] == dilation[1]
+    return out if known and height % 2 == width % 2 == 1 else 0
