@@ -45,7 +45,7 @@ def test_other_engines_and_several_runs(benchmark, tmp_path):
 
 
 def test_onnx_in_training_is_refused(benchmark):
-    assert '--onnx and --openvino are for inference on a CPU' in benchmark(
+    assert '--compiled, --onnx and --openvino are for inference on a CPU' in benchmark(
         '--onnx', '--train', code=2
     )
 

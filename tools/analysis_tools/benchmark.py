@@ -14,7 +14,9 @@ JSON file say how busy the machine was.
 Models: `plain`, one operator after the other (plain_lska_van.py); `default`,
 `LSKAVAN` as built; `deployed`, after `switch_to_deploy()`, or in training
 `with_cp`; `van`, mmpretrain's VAN of the same size, which has one kernel (21).
-With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime, with
+With --compiled also `compiled-plain` and `compiled-deployed`, by `torch.compile` with
+Inductor's `freezing`, which keeps weights in the order that suits them; to compile takes
+minutes. With --onnx also `onnx-plain` and `onnx-deployed`, their graphs in ONNX Runtime, with
 --openvino `openvino-plain` and `openvino-deployed`; with --precisions the deployed graph
 in bfloat16 (`openvino-bf16`), and quantized to 8 bits (`onnx-int8`, `openvino-int8`).
 
@@ -213,10 +215,15 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     """
     image = torch.rand(batch, 3, *size)
     models = build(arch, kernel_size, args.train)
-    steps = {}
+    steps, dtype = {}, torch.bfloat16 if args.amp else None
     for name, model in models.items():
         model.train(args.train)
-        steps[name] = make_step(model, image, args.train, torch.bfloat16 if args.amp else None)
+        steps[name] = make_step(model, image, args.train, dtype)
+    if args.compiled:
+        for name in ('plain', 'deployed'):
+            model = models[f'compiled-{name}'] = models[name]
+            run = torch.compile(model, options=dict(freezing=True))
+            steps[f'compiled-{name}'] = make_step(model, image, False, dtype, run)
     for name, (engine, precision, graph) in engine_rows(args).items():
         steps[name] = make_engine_step(engine, precision, models[graph], image)
         models[name] = models[graph]
@@ -250,7 +257,8 @@ def main() -> None:
     parser.add_argument('--sizes', nargs='+', type=size, default=[(224, 224)],
                         metavar='HEIGHTxWIDTH')  # fmt: skip
     parser.add_argument('--train', action='store_true', help='forward and backward pass')
-    parser.add_argument('--onnx', action='store_true', help='ONNX Runtime too; on a CPU')
+    parser.add_argument('--compiled', action='store_true', help='torch.compile too; on a CPU')
+    parser.add_argument('--onnx', action='store_true', help='ONNX Runtime too; likewise')
     parser.add_argument('--openvino', action='store_true', help='OpenVINO too; likewise')
     parser.add_argument('--precisions', nargs='+', choices=['bf16', 'int8'], default=[],
                         help='of the engines, beside f32')  # fmt: skip
@@ -263,8 +271,8 @@ def main() -> None:
     parser.add_argument('--fresh-heap', action='store_true', help='see faults, above')
     parser.add_argument('--out', type=Path, required=True, help='folder for table and plot')
     args = parser.parse_args()
-    if (args.onnx or args.openvino) and (args.train or args.device != 'cpu'):
-        parser.error('--onnx and --openvino are for inference on a CPU')
+    if (args.compiled or args.onnx or args.openvino) and (args.train or args.device != 'cpu'):
+        parser.error('--compiled, --onnx and --openvino are for inference on a CPU')
     if args.precisions and not (args.onnx or args.openvino):
         parser.error('--precisions are of the engines: give --onnx or --openvino, too')
     for option, package in ENGINES.items():
