@@ -37,6 +37,10 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 _KINDS: dict[type, tuple[str, Callable]] = {}  # each class with a fast path, and its forward
 _PLAIN = (Tensor, nn.Parameter)
+_GLOBAL_HOOKS = [
+    getattr(torch_module, f'_global_{kind}_hooks')
+    for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')
+]
 
 
 def has_fast_path(kind: str) -> Callable[[type], type]:
@@ -91,7 +95,7 @@ def _device(x: Any) -> Any:
     if (
         device is None
         or x.numel() == 0
-        or torch_module._has_any_global_hook()
+        or any(_GLOBAL_HOOKS)
         or torch._C._len_torch_dispatch_stack()  # what counts or records the operators
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
