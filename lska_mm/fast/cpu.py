@@ -16,6 +16,10 @@ FEW = 1024  # pixels up to which a product of matrices is faster than a 1 x 1 co
 CACHED = 2**20  # numbers of a map that stay in the cache until they are used: 4 MiB
 
 
+def _pixels(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
 def weights_like(x: Tensor) -> tuple:
     """Return the device and the types that weights must have."""
     return x.is_cpu, x.get_device(), (x.dtype,)
@@ -97,7 +101,7 @@ class _Inference:
         computed some channels at a time, which stay in the processor's cache.
         """
         fc1, dwconv, fc2 = branch.fc1, branch.dwconv, branch.fc2
-        channels, pixels = len(dwconv.weight), x[:, 0].numel()
+        channels, pixels = len(dwconv.weight), _pixels(x)
         width = channels if pixels <= FEW else min(channels, max(32, CACHED // pixels // 32 * 32))
         out: Any = None
         for start in range(0, channels, width):
@@ -118,7 +122,7 @@ class _Inference:
 
     def _is_product(self, x: Tensor) -> bool:
         """Tell whether a product of matrices is faster than a 1 x 1 convolution."""
-        return x[:, 0].numel() <= FEW and torch.get_float32_matmul_precision() == 'highest'
+        return _pixels(x) <= FEW and torch.get_float32_matmul_precision() == 'highest'
 
     def _weight(self, conv: Any, x: Tensor, transposed: bool = False) -> Tensor:
         """The weight of a convolution of ``x``, or of the same along the other axis."""
@@ -129,7 +133,8 @@ class _Inference:
         whole = outputs is inputs is ALL
         weight = self._weight(conv, x) if whole else conv.weight[outputs, inputs]
         groups = 1 if conv.groups == 1 else x.shape[1]
-        return weight, conv.bias[outputs], conv.padding, (1, 1), conv.dilation, groups
+        bias = conv.bias if outputs is ALL else conv.bias[outputs]
+        return weight, bias, conv.padding, (1, 1), conv.dilation, groups
 
     def _convolve(
         self, conv: Any, x: Tensor, activation: str, outputs: slice = ALL, inputs: slice = ALL
@@ -207,7 +212,7 @@ class _Deployed(_Inference, dict):
         if weight.is_inference():  # has no version
             return super()._weight(conv, x, transposed)
         # In the order for maps of another size oneDNN is up to twice as slow.
-        size = x[:, 0].numel().bit_length()
+        size = _pixels(x).bit_length()
         key = weight._version, weight.data_ptr(), size, transposed, conv.dilation
         found = self.get(id(conv))
         if found is None or found[0]() is not weight or found[1] != key:
