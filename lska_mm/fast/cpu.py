@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import gradients
-from .gradients import as_columns, as_rows, gelu, linear
+from .gradients import as_columns, as_rows, gelu
 
 ALL, LAST = slice(None), torch.channels_last
-FEW = 1024  # pixels up to which a product of matrices is faster than a 1 x 1 convolution
 CACHED = 2**20  # numbers of a map that stay in the cache until they are used: 4 MiB
 
 
@@ -35,7 +34,11 @@ def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
     function: Any
     if torch.is_grad_enabled():
         function = _TRAINING.get(kind)
-    elif torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled():
+    elif (
+        torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and min(x.shape[1], x.shape[2] * x.shape[3]) > 1  # others are in no layout for oneDNN
+    ):
         function = _INFERENCE[kind]
     else:
         return None
@@ -102,12 +105,12 @@ class _Inference:
         """
         fc1, dwconv, fc2 = branch.fc1, branch.dwconv, branch.fc2
         channels, pixels = len(dwconv.weight), _pixels(x)
-        width = channels if pixels <= FEW else min(channels, max(32, CACHED // pixels // 32 * 32))
+        width = min(channels, max(32, CACHED // pixels // 32 * 32))
         out: Any = None
         for start in range(0, channels, width):
             part = slice(start, start + width) if width < channels else ALL
             hidden = self._convolve(fc1, x, 'none', part)
-            hidden = self._fused(dwconv, hidden, 'gelu', part)
+            hidden = self._convolve(dwconv, hidden, 'gelu', part)
             if out is not None:
                 self._convolve_into(fc2, hidden, out, part, with_bias=False)
             elif not add:
@@ -119,10 +122,6 @@ class _Inference:
         return out
 
     # One convolution
-
-    def _is_product(self, x: Tensor) -> bool:
-        """Tell whether a product of matrices is faster than a 1 x 1 convolution."""
-        return _pixels(x) <= FEW and torch.get_float32_matmul_precision() == 'highest'
 
     def _weight(self, conv: Any, x: Tensor, transposed: bool = False) -> Tensor:
         """The weight of a convolution of ``x``, or of the same along the other axis."""
@@ -139,15 +138,7 @@ class _Inference:
     def _convolve(
         self, conv: Any, x: Tensor, activation: str, outputs: slice = ALL, inputs: slice = ALL
     ) -> Tensor:
-        """A 1 x 1 convolution, and an activation."""
-        if self._is_product(x):
-            out = linear(x, conv.weight, conv.bias)
-            return gelu(out) if activation == 'gelu' else out
-        return self._fused(conv, x, activation, outputs, inputs)
-
-    def _fused(
-        self, conv: Any, x: Tensor, activation: str, outputs: slice = ALL, inputs: slice = ALL
-    ) -> Tensor:
+        """A convolution, and an activation."""
         arguments = self._arguments(conv, x, outputs, inputs)
         return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], 'none')
 
@@ -155,8 +146,6 @@ class _Inference:
         self, conv: Any, x: Tensor, summand: Tensor, inputs: slice = ALL
     ) -> Tensor:
         """A 1 x 1 convolution plus a map."""
-        if self._is_product(x):
-            return linear(x, conv.weight, conv.bias).add_(summand)
         arguments = self._arguments(conv, x, inputs=inputs)
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, summand, *arguments, 'add', 1.0, None, [], None
@@ -166,8 +155,6 @@ class _Inference:
         self, conv: Any, x: Tensor, summand: Tensor, inputs: slice = ALL, with_bias: bool = True
     ) -> Tensor:
         """A 1 x 1 convolution plus a map, in the memory of that."""
-        if self._is_product(x):
-            return summand.add_(linear(x, conv.weight, conv.bias))
         weight, bias, *rest = self._arguments(conv, x, inputs=inputs)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             summand, x, weight, bias if with_bias else None, *rest, 'add', 1.0, None, [], None
@@ -177,7 +164,7 @@ class _Inference:
         """A depth-wise convolution; dilated rows as columns, see `gradients.depthwise`."""
         (height, width), (dilation, _) = conv.kernel_size, conv.dilation
         if height > 1 or dilation == 1:
-            return self._fused(conv, x, 'none')
+            return self._convolve(conv, x, 'none')
         maps = as_columns(x)
         padding, groups = (dilation * (width // 2), 0), x.shape[1]
         weight = self._weight(conv, maps, transposed=True)
@@ -203,9 +190,6 @@ class _Deployed(_Inference, dict):
         out = x * block.shortcut
         out = self._convolve_into(block.attn.proj_2, self.gated(block.attn, x), out)
         return self.mlp(block.mlp, out, add=True)
-
-    def _is_product(self, x: Tensor) -> bool:
-        return False  # packed, convolutions are as fast
 
     def _weight(self, conv: Any, x: Tensor, transposed: bool = False) -> Tensor:
         weight = conv.weight

@@ -1,6 +1,7 @@
 """The ways to compute on a CPU, and their gradients."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -18,6 +19,8 @@ from conftest import (
     trained,
 )
 from lska_mm.fast import cpu, door, gradients
+from lska_mm.models.block import Block
+from lska_mm.models.deploy import FusedBlock, norms_of
 from lska_mm.models.lska import ATTENTIONS, depthwise_conv
 
 LAST = torch.channels_last
@@ -84,15 +87,10 @@ def test_gradients_are_those_of_the_plain_implementation():
 
 
 @pytest.mark.parametrize('attention', ATTENTIONS)
-@pytest.mark.parametrize(
-    ('cached', 'few'),
-    [(2**20, 0), (64, 0), (64, 10**6)],
-    ids=['whole', 'in parts', 'products of matrices'],
-)
-def test_ways_of_inference(attention, cached, few, monkeypatch):
+@pytest.mark.parametrize('cached', [2**20, 64], ids=['whole', 'in parts'])
+def test_ways_of_inference(attention, cached, monkeypatch):
     """With the MLP's wide map computed whole and some channels at a time."""
     monkeypatch.setattr(cpu, 'CACHED', cached)
-    monkeypatch.setattr(cpu, 'FEW', few)
     arch = dict(embed_dims=[16, 32], depths=[2, 1], ffn_ratios=[8, 5])
     backbone = trained(arch=arch, attention=attention)
     with torch.no_grad():
@@ -100,6 +98,27 @@ def test_ways_of_inference(attention, cached, few, monkeypatch):
         assert_same(backbone(IMAGE), expected)
         backbone.switch_to_deploy()
         assert_same(backbone(IMAGE), expected)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, LAST])
+@pytest.mark.parametrize('channels', [1, 2, 8])
+def test_maps_of_any_size(channels, layout):
+    """Also where a dimension is 1, so that their layout is ambiguous."""
+    block = Block(channels, 11, 'LSKA', 4, 0.0, 0.0, dict(type='BN'), False).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5)
+    parts = [block.attn, block.attn.spatial_gating_unit, block.mlp]
+    parts.append(FusedBlock(copy.deepcopy(block), *norms_of('block', block)))
+    for size in itertools.product((1, 2), (1, 2, 5), (1, 2, 5)):
+        x = torch.rand(size[0], channels, *size[1:]).contiguous(memory_format=layout)
+        for part in parts:
+            expected = copy.deepcopy(part).double()(x.double())
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    out = (door.fast_path(part, x) or part)(x)
+                assert_same([out], [expected])
+                assert out.is_contiguous(memory_format=layout)
 
 
 # --- Gradients --------------------------------------------------------------------------
