@@ -1,5 +1,6 @@
 """Export to ONNX, run by ONNX Runtime; graphs of torch's compiler and exporter."""
 
+import copy
 import json
 import re
 from importlib.util import find_spec
@@ -166,6 +167,21 @@ def test_norms_that_cannot_be_folded_are_exported_as_they_are(tmp_path, capsys):
 
 
 # --- torch's own graphs --------------------------------------------------------
+
+
+@pytest.mark.soak  # the compiler takes minutes
+def test_gradients_compile_for_varying_sizes():
+    backbone = small().train()
+    run = torch.compile(copy.deepcopy(backbone), dynamic=True, fullgraph=True)
+    for side in (64, 96):
+        image, gradients = torch.rand(2, 3, side, side + 32), []
+        for model in (backbone, run):
+            model.zero_grad()
+            sum(out.square().mean() for out in model(image)).backward()
+            gradients.append([p.grad for p in model.parameters()])
+        largest = max(gradient.abs().max() for gradient in gradients[0])
+        for one, other in zip(*gradients, strict=True):
+            assert (one - other).abs().max() <= 1e-3 * largest
 
 
 @pytest.mark.soak  # the compiler takes half a minute; tests/gpu has the graphs without it

@@ -143,7 +143,7 @@ class LSKAVAN(BaseModule):
             for block in blocks:
                 x = block(x)
             if self.norms_last_axis:
-                x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                x = norm(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
                 x = x.contiguous(memory_format=fastest)
             else:
                 x = norm(x)
