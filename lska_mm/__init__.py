@@ -12,7 +12,7 @@ from pathlib import Path
 from mmengine.runner import CheckpointLoader
 
 from .engine.distributed import CPUDistributedDataParallel
-from .engine.hooks import CheckLabelsHook, SaveOnSignalHook
+from .engine.hooks import CheckLabelsHook, CompileHook, SaveOnSignalHook
 from .engine.optim import LayerDecayOptimWrapperConstructor
 from .models.lska import LSKA
 from .models.lska_neck import LSKANeck
@@ -26,6 +26,7 @@ __all__ = [
     'LSKAVAN',
     'CPUDistributedDataParallel',
     'CheckLabelsHook',
+    'CompileHook',
     'LSKANeck',
     'LayerDecayOptimWrapperConstructor',
     'ResizedPretrained',

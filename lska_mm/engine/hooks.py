@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,77 @@ class CheckLabelsHook(Hook):
                     f'classes: valid are 0 to {num_classes - 1}, and {head.ignore_index} for no '
                     'class. Correct the file, or num_classes and the classes of the dataset.'
                 )
+
+
+@HOOKS.register_module()
+class CompileHook(Hook):
+    """Train with parts of the model compiled by `torch.compile`.
+
+    MMEngine's ``compile=True`` compiles whole training steps, which fails for most
+    detectors; their backbones can be compiled. In a config, with arguments of
+    `torch.compile`:
+
+        custom_hooks = [dict(type='CompileHook', modules=['backbone'], dynamic=True)]
+
+    Validation and averaged weights stay as they are without it, and so do the names in
+    checkpoints. A part in which SyncBN waits for other processes is compiled piece by
+    piece, between the norms.
+
+    Args:
+        modules: Names of the parts in the model.
+        arguments: Of `torch.compile`; ``dynamic=True`` is for images of varying sizes.
+
+    Raises:
+        ValueError: If the model has no such part; names those that it has.
+    """
+
+    def __init__(self, modules: Sequence[str] = ('backbone',), **arguments: Any) -> None:
+        self.modules, self.arguments = list(modules), arguments
+        self.compiled: list[tuple[nn.Module, Any]] = []
+
+    def before_train(self, runner) -> None:
+        """Compile the parts; the compiler works in the first step."""
+        model = unwrap(runner.model)
+        for name in self.modules:
+            try:
+                part = model.get_submodule(name)
+            except AttributeError:
+                parts = ', '.join(name for name, _ in model.named_children())
+                raise ValueError(
+                    f'CompileHook cannot find {name!r} in {type(model).__name__}; modules=[...] '
+                    f'takes names of its parts: {parts}.'
+                ) from None
+            pieces = list(_without_sync_bn(part))
+            for piece in pieces:
+                piece.compile(**self.arguments)
+                self.compiled.append((piece, piece._compiled_call_impl))
+            several = f' in {len(pieces)} pieces, as it has SyncBN' if pieces != [part] else ''
+            runner.logger.info(f'{name} is compiled for training{several}: {self.arguments}')
+
+    def before_val(self, runner) -> None:
+        """Validate what is not compiled."""
+        for piece, _ in self.compiled:
+            piece._compiled_call_impl = None
+
+    def after_val(self, runner) -> None:
+        """Train what is compiled."""
+        for piece, function in self.compiled:
+            piece._compiled_call_impl = function
+
+    def after_train(self, runner) -> None:
+        """Leave the model as it was."""
+        self.before_val(runner)
+        self.compiled = []
+
+
+def _without_sync_bn(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of several modules that have no SyncBN, torch's or mmcv's."""
+    if not any('SyncBatchNorm' in type(part).__name__ for part in module.modules()):
+        yield module
+    else:
+        for child in module.children():
+            if next(child.children(), None) is not None:
+                yield from _without_sync_bn(child)
 
 
 @HOOKS.register_module()
