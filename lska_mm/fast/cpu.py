@@ -1,7 +1,6 @@
 """On a CPU: oneDNN, whose convolutions are fastest in channels_last."""
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -179,7 +178,8 @@ class _Deployed(_Inference, dict):
 
     Without them oneDNN brings weights into its order in every call, which for small maps
     takes as long as the convolution. What is packed is of one tensor and its version, which
-    PyTorch counts up where the tensor is changed, but not through its ``.data``.
+    PyTorch counts up where it changes the tensor, but not through ``.data``, in NumPy, or by
+    an optimizer that is fused.
     """
 
     def __reduce__(self):  # copies are empty
@@ -199,7 +199,7 @@ class _Deployed(_Inference, dict):
         size = _pixels(x).bit_length()
         key = weight._version, weight.data_ptr(), size, transposed, conv.dilation
         found = self.get(id(conv))
-        if found is None or found[0]() is not weight or found[1] != key:
+        if found is None or found[0] is not weight or found[1] != key:
             plain = super()._weight(conv, x, transposed).detach()
             dilation = conv.dilation
             packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
@@ -207,7 +207,7 @@ class _Deployed(_Inference, dict):
                 (1, 1), dilation, conv.groups, list(x.shape),
             )  # fmt: skip
             # The last keeps the memory from being given to another tensor.
-            found = self[id(conv)] = weakref.ref(weight), key, packed, weight.detach()
+            found = self[id(conv)] = weight, key, packed, weight.detach()
         return found[2]
 
 

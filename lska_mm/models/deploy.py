@@ -70,13 +70,15 @@ def fold_stages(stages: Sequence[tuple[PatchEmbed, ModuleList]]) -> None:
     Raises:
         TypeError: Names what cannot be folded, and what to do first.
     """
-    norms = []
+    norms, seen = [], dict[Tensor, str]()
     for i, (patch_embed, blocks) in enumerate(stages, start=1):
         check_as_built(f'patch_embed{i}.proj', patch_embed.proj, nn.Conv2d)
         norm = affine(
             f'patch_embed{i}.norm', patch_embed.norm, patch_embed.proj.weight[:, 0, 0, 0]
         )
-        norms.append((norm, [norms_of(f'block{i}.{j}', block) for j, block in enumerate(blocks)]))
+        norms.append(
+            (norm, [norms_of(f'block{i}.{j}', block, seen) for j, block in enumerate(blocks)])
+        )
     for (patch_embed, blocks), (norm, norms_of_blocks) in zip(stages, norms):
         fold(patch_embed.proj, after=norm)
         patch_embed.norm = nn.Identity()
@@ -98,13 +100,17 @@ _REMOVERS = {
 }
 
 
-def norms_of(name: str, block: Any) -> tuple[Affine, Affine]:
-    """Return the norms of a block that can be folded."""
+def norms_of(name: str, block: Any, seen: dict[Tensor, str]) -> tuple[Affine, Affine]:
+    """Return the norms of a block that can be folded, and note what is ``seen`` of it."""
     for path, cls in _FOLDED.items():
         part = block.get_submodule(path)
         check_as_built(f'{name}.{path}'.rstrip('.'), part, cls)
         if cls is nn.Conv2d and (part.groups > 1 or part.padding != (0, 0)):
             raise TypeError(f'{name}.{path} cannot be folded: it pads, or has groups.')
+        for kind, parameter in part.named_parameters(f'{name}.{path}') if cls is nn.Conv2d else ():
+            first = seen.setdefault(parameter, kind)
+            if first != kind:
+                raise TypeError(f'{kind} cannot be folded: it is {first}, too; copy it first.')
     channels = block.attn.proj_1.weight[0, :, 0, 0]
     norm1, norm2 = (affine(f'{name}.norm{i}', block.get_submodule(f'norm{i}'), channels)
                     for i in (1, 2))  # fmt: skip

@@ -109,7 +109,7 @@ def test_maps_of_any_size(channels, layout):
         for parameter in block.parameters():
             nn.init.uniform_(parameter, -0.5, 0.5)
     parts = [block.attn, block.attn.spatial_gating_unit, block.mlp]
-    parts.append(FusedBlock(copy.deepcopy(block), *norms_of('block', block)))
+    parts.append(FusedBlock(copy.deepcopy(block), *norms_of('block', block, {})))
     for size in itertools.product((1, 2), (1, 2, 5), (1, 2, 5)):
         x = torch.rand(size[0], channels, *size[1:]).contiguous(memory_format=layout)
         for part in parts:
@@ -273,9 +273,30 @@ def replaced(backbone):
         yield seed, backbone(IMAGE)
 
 
+def exchanged(backbone):
+    """By `torch.utils.swap_tensors`, which refuses tensors that others refer to weakly."""
+    for seed in range(4):
+        state = deployed(seed).state_dict()
+        for name, parameter in backbone.named_parameters():
+            torch.utils.swap_tensors(parameter, nn.Parameter(state[name].clone()))
+        yield seed, backbone(IMAGE)
+
+
+def stepped(backbone):
+    """By an optimizer."""
+    for seed in range(4):
+        target = deployed(seed)
+        for ours, theirs in zip(backbone.parameters(), target.parameters()):
+            ours.grad = ours.detach() - theirs.detach()
+        torch.optim.SGD(backbone.parameters(), lr=1.0).step()
+        yield seed, backbone(IMAGE)
+
+
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    'change', [members, reloaded, assigned, swapped, of_other_precision, replaced]
+    'change',
+    [members, reloaded, assigned, swapped, of_other_precision, replaced, stepped]
+    + [exchanged] * hasattr(torch.utils, 'swap_tensors'),  # not in torch 2.1
 )
 def test_packed_weights_never_outlive_their_weights(change, mode):
     with torch.no_grad():

@@ -261,6 +261,38 @@ def test_norms_that_cannot_be_folded_are_refused_and_nothing_changes(norm_cfg):
     assert all(torch.equal(a, b) for a, b in zip(backbone(image), expected))
 
 
+def tied_block(backbone):
+    backbone.block1[1] = backbone.block1[0]
+
+
+def tied_branch(backbone):
+    backbone.block1[1].mlp = backbone.block1[0].mlp
+
+
+def tied_weight(backbone):
+    backbone.block1[1].attn.proj_2.weight = backbone.block1[0].attn.proj_2.weight
+
+
+@pytest.mark.parametrize('tie', [tied_block, tied_branch, tied_weight])
+def test_shared_weights_are_refused_and_nothing_changes(tie):
+    """They cannot take two norms; folded twice they would be wrong in silence."""
+    backbone, image = trained(), torch.rand(1, 3, 64, 64)
+    tie(backbone)
+    with torch.no_grad():
+        before = backbone(image)
+        match = r'^block1\.1\.(.*) cannot be folded: it is block1\.0\.\1, too; copy it first\.$'
+        with pytest.raises(TypeError, match=match):
+            backbone.switch_to_deploy()
+        assert all(torch.equal(a, b) for a, b in zip(backbone(image), before))
+
+
+def test_shared_gates_are_folded_around():
+    backbone = trained()
+    gates = [block.attn for block in backbone.block1]
+    gates[1].spatial_gating_unit = gates[0].spatial_gating_unit
+    assert_deployed_is_the_same(backbone, torch.rand(1, 3, 64, 64))
+
+
 def test_a_stock_tool_that_fuses_afterwards_finds_nothing():
     from mmcv.cnn import fuse_conv_bn
 
