@@ -105,12 +105,14 @@ def norms_of(name: str, block: Any, seen: dict[Tensor, str]) -> tuple[Affine, Af
     for path, cls in _FOLDED.items():
         part = block.get_submodule(path)
         check_as_built(f'{name}.{path}'.rstrip('.'), part, cls)
-        if cls is nn.Conv2d and (part.groups > 1 or part.padding != (0, 0)):
+        if cls is not nn.Conv2d:
+            continue
+        if part.groups > 1 or part.padding != (0, 0):
             raise TypeError(f'{name}.{path} cannot be folded: it pads, or has groups.')
-        for kind, parameter in part.named_parameters(f'{name}.{path}') if cls is nn.Conv2d else ():
-            first = seen.setdefault(parameter, kind)
-            if first != kind:
-                raise TypeError(f'{kind} cannot be folded: it is {first}, too; copy it first.')
+        for own, parameter in part.named_parameters(f'{name}.{path}'):
+            first = seen.setdefault(parameter, own)
+            if first != own:
+                raise TypeError(f'{own} cannot be folded: it is {first}, too; copy it first.')
     channels = block.attn.proj_1.weight[0, :, 0, 0]
     norm1, norm2 = (affine(f'{name}.norm{i}', block.get_submodule(f'norm{i}'), channels)
                     for i in (1, 2))  # fmt: skip
