@@ -121,7 +121,7 @@ class CompileHook(Hook):
     def before_val(self, runner) -> None:
         """Validate what is not compiled."""
         for piece, _ in self.compiled:
-            piece._compiled_call_impl = None
+            vars(piece).pop('_compiled_call_impl', None)  # None would be a change, too
 
     def after_val(self, runner) -> None:
         """Train what is compiled."""
