@@ -20,17 +20,15 @@ from . import cpu, gpu
 if hasattr(torch.compiler, 'is_compiling'):
     from torch.compiler import is_compiling
 
-    def is_autocast(device: str) -> bool:
-        return torch.is_autocast_enabled(device)
+    is_autocast: Callable[[], bool] = functools.partial(torch.is_autocast_enabled, 'cpu')
 else:  # torch 2.1
     from torch._dynamo import is_compiling
 
-    def is_autocast(device: str) -> bool:
-        return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
+    is_autocast = torch.is_autocast_cpu_enabled
 
 
 # What a module is made of: the names of its parts, and what each has to be.
-PARTS: dict[str, dict[str, Any]] = {
+_PARTS: dict[str, dict[str, Any]] = {
     'attention': dict(proj_1='1x1', activation=nn.GELU, spatial_gating_unit='gate', proj_2='1x1'),
     'mlp': dict(fc1='1x1', dwconv='depthwise', act=nn.GELU, fc2='1x1', drop=nn.Dropout),
     'deployed': dict(attn='attention', mlp='mlp'),
@@ -101,7 +99,7 @@ def _device(x: Any) -> Any:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or _methods() != _METHODS
-        or (x.is_cpu and (x.dtype != torch.float32 or is_autocast('cpu')))
+        or (x.is_cpu and (x.dtype != torch.float32 or is_autocast()))
     ):
         return None
     return device
@@ -147,7 +145,7 @@ def _out_channels(module: Any, kind: Any, like: tuple, channels: int) -> int:
         kinds = dict.fromkeys(parts, 'depthwise')
         kinds[next(reversed(parts), '')] = '1x1'
     else:
-        kinds = PARTS[kind]
+        kinds = _PARTS[kind]
     if parts.keys() != kinds.keys():
         return 0
     for name, part_kind in kinds.items():
