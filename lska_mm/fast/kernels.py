@@ -1,12 +1,14 @@
 """Depth-wise convolutions of maps in channels_last on an NVIDIA GPU, in Triton.
 
 PyTorch's own take several times what the memory needs (docs/performance.md).
-These take weights as they are stored, whatever the precision of the map, and add in
-float32. A tile is of pixels, counted through all images, and of channels.
+These take weights in float32 or in the precision of the map, and add in float32.
+A tile is of pixels, counted through all images, and of channels.
 """
 
-import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +18,9 @@ from torch import Tensor
 
 LAST = torch.channels_last
 MOST_TAPS = 32  # of a kernel; larger ones are left to PyTorch
-TILE, TILE_OF_WEIGHTS = 4096, 512  # numbers in a tile: of a map, and for the weights' gradients
-PROGRAMS = 1024  # that add up the weights' gradients, about
-GROUP = tl.constexpr(4)  # taps whose gradients a program adds up
+# More would not fit into the registers of a program, see tests/test_fast/test_kernels.py.
+TILE = 2048  # numbers
+TILE_OF_GRADIENTS = 8192  # bytes
 
 
 @triton.jit
@@ -31,141 +33,129 @@ def _tap(x, here, row, column, inside, dy, dx, height, width, channels):
 
 @triton.jit
 def _convolve(
-    x, weight, bias, out, height, width, channels, pixels,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr, TURNED: tl.constexpr,
+    x, taps, bias, out, height, width, channels, pixels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr,
     TILE_PIXELS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The convolution; with its kernel turned by 180 degrees, and no bias, its gradient."""
     n = tl.program_id(0) * TILE_PIXELS + tl.arange(0, TILE_PIXELS)[:, None]
     c = tl.program_id(1) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)[None, :]
     inside = (n < pixels) & (c < channels)
     here, row, column = n.to(tl.int64) * channels + c, n // width % height, n % width
     total = tl.zeros([TILE_PIXELS, TILE_CHANNELS], tl.float32)
+    total += tl.load(bias + c, mask=c < channels, other=0).to(tl.float32)
     for i in tl.static_range(ROWS):
         for j in tl.static_range(COLUMNS):
             dy, dx = (i - ROWS // 2) * DILATION, (j - COLUMNS // 2) * DILATION
             value = _tap(x, here, row, column, inside, dy, dx, height, width, channels)
-            tap = i * COLUMNS + j
-            if TURNED:
-                tap = ROWS * COLUMNS - 1 - tap
-            factor = tl.load(weight + c * (ROWS * COLUMNS) + tap, mask=c < channels, other=0)
-            total += value * factor.to(tl.float32)
-    if not TURNED:
-        total += tl.load(bias + c, mask=c < channels, other=0).to(tl.float32)
+            tap = taps + (i * COLUMNS + j) * channels + c
+            total += value * tl.load(tap, mask=c < channels, other=0).to(tl.float32)
     tl.store(out + here, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _store_sum(out, total, c, tap, channels, TAPS: tl.constexpr):
-    place = out + c * TAPS + tap
-    tl.store(place, tl.sum(total, 0)[None, :], mask=(c < channels) & (tap < TAPS))
-
-
-@triton.jit
-def _sum_gradients(
-    x, grad, out, height, width, channels, pixels, share,
+def _differentiate(
+    x, taps, grad, out, sums, height, width, channels, pixels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DILATION: tl.constexpr,
     TILE_PIXELS: tl.constexpr, TILE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of GROUP taps, and of the bias, from a share of the pixels."""
+    """The gradient of the map, and a tile's share of those of the taps and the bias."""
+    n = tl.program_id(0) * TILE_PIXELS + tl.arange(0, TILE_PIXELS)[:, None]
     c = tl.program_id(1) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)[None, :]
-    first = tl.program_id(2) * GROUP
-    bias = tl.zeros([TILE_PIXELS, TILE_CHANNELS], tl.float32)
-    sum_0, sum_1, sum_2, sum_3 = bias, bias, bias, bias
-    for start in range(0, share, TILE_PIXELS):
-        n = tl.program_id(0) * share + start + tl.arange(0, TILE_PIXELS)[:, None]
-        inside = (n < pixels) & (c < channels)
-        here, row, column = n.to(tl.int64) * channels + c, n // width % height, n % width
-        above = tl.load(grad + here, mask=inside, other=0).to(tl.float32)
-        bias += above
-        for i in tl.static_range(GROUP):
-            tap = first + i
-            dy = (tap // COLUMNS - ROWS // 2) * DILATION
-            dx = (tap % COLUMNS - COLUMNS // 2) * DILATION
-            known = inside & (tap < ROWS * COLUMNS)
-            value = above * _tap(x, here, row, column, known, dy, dx, height, width, channels)
-            if i == 0:
-                sum_0 += value
-            elif i == 1:
-                sum_1 += value
-            elif i == 2:
-                sum_2 += value
-            else:
-                sum_3 += value
-    out += tl.program_id(0) * channels * (ROWS * COLUMNS + 1)
-    _store_sum(out, sum_0, c, first, channels, ROWS * COLUMNS)
-    _store_sum(out, sum_1, c, first + 1, channels, ROWS * COLUMNS)
-    _store_sum(out, sum_2, c, first + 2, channels, ROWS * COLUMNS)
-    _store_sum(out, sum_3, c, first + 3, channels, ROWS * COLUMNS)
-    _store_sum(out + channels * (ROWS * COLUMNS), bias, c, first, channels, 1)
+    inside = (n < pixels) & (c < channels)
+    here, row, column = n.to(tl.int64) * channels + c, n // width % height, n % width
+    value = tl.load(x + here, mask=inside, other=0).to(tl.float32)
+    total = tl.zeros([TILE_PIXELS, TILE_CHANNELS], tl.float32)
+    share = sums + tl.program_id(0).to(tl.int64) * (ROWS * COLUMNS + 1) * channels + c
+    for i in tl.static_range(ROWS):
+        for j in tl.static_range(COLUMNS):
+            dy, dx = (ROWS // 2 - i) * DILATION, (COLUMNS // 2 - j) * DILATION
+            above = _tap(grad, here, row, column, inside, dy, dx, height, width, channels)
+            tap = taps + (i * COLUMNS + j) * channels + c
+            total += above * tl.load(tap, mask=c < channels, other=0).to(tl.float32)
+            tl.store(share, tl.sum(above * value, 0)[None, :], mask=c < channels)
+            share += channels
+            if i == ROWS // 2 and j == COLUMNS // 2:
+                end = share + (ROWS * COLUMNS // 2) * channels
+                tl.store(end, tl.sum(above, 0)[None, :], mask=c < channels)
+    tl.store(out + here, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _tile(channels: int, numbers: int) -> tuple[int, int]:
-    """Pixels and channels of a tile."""
-    width = min(64, 1 << (channels - 1).bit_length())
-    return numbers // width, width
+# --- Launches ---------------------------------------------------------------------------
 
 
-def _parts(whole: int, part: int) -> int:
-    """How many parts there are."""
-    return -(-whole // part)
-
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int, turned: bool) -> Tensor:
+def _tiles(x: Tensor, numbers: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many tiles there are, and how large one is, in pixels and channels."""
     batch, channels, height, width = x.shape
-    pixels, tile, out = batch * height * width, _tile(channels, TILE), torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _convolve[_parts(pixels, tile[0]), _parts(channels, tile[1])](
-            x, weight, bias, out, height, width, channels, pixels,
-            *weight.shape[2:], dilation, turned, *tile,
-        )  # fmt: skip
+    wide = min(64, 1 << (channels - 1).bit_length())
+    high = numbers // wide
+    return (-(-batch * height * width // high), -(-channels // wide)), (high, wide)
+
+
+def _launch(kernel: Any, grid: tuple, tensors: tuple, sizes: list[int], tile: tuple) -> None:
+    batch, channels, height, width = tensors[0].shape
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, height, width, channels, batch * height * width, *sizes, *tile)
+
+
+def _forward(kernel: Any, x: Tensor, taps: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
+    out, (grid, tile) = torch.empty_like(x), _tiles(x, TILE)
+    _launch(kernel, grid, (x, taps, bias, out), sizes, tile)
     return out
 
 
-def _gradients(x: Tensor, grad: Tensor, rows: int, columns: int, dilation: int) -> Tensor:
-    """The weights' gradients, then the bias's, in float32."""
-    batch, channels, height, width = x.shape
-    pixels, tile = batch * height * width, _tile(channels, TILE_OF_WEIGHTS)
-    blocks, groups = _parts(channels, tile[1]), _parts(rows * columns, GROUP.value)
-    shares = max(1, min(_parts(pixels, tile[0]), PROGRAMS // (blocks * groups)))
-    share = _parts(_parts(pixels, shares), tile[0]) * tile[0]
-    shares = _parts(pixels, share)
-    numbers = channels * (rows * columns + 1)
-    out = torch.empty(shares, numbers, device=x.device, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _sum_gradients[shares, blocks, groups](
-            x, grad, out, height, width, channels, pixels, share, rows, columns, dilation, *tile
-        )
-    return out.sum(0)
+def _backward(
+    kernel: Any, x: Tensor, taps: Tensor, grad: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the map, and those of the taps and the bias, (taps + 1, C) in float32."""
+    out, (grid, tile) = torch.empty_like(x), _tiles(x, TILE_OF_GRADIENTS // x.element_size())
+    sums = taps.new_empty((grid[0], len(taps) + 1, taps.shape[1]), dtype=torch.float32)
+    _launch(kernel, grid, (x, taps, grad.contiguous(memory_format=LAST), out, sums), sizes, tile)
+    return out, sums.sum(0)
+
+
+def _prepared(x: Tensor) -> Tensor:
+    """A map in channels_last, in the precision of autocast."""
+    if torch.is_autocast_enabled('cuda'):
+        x = x.to(torch.get_autocast_dtype('cuda'))
+    return x.contiguous(memory_format=LAST)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """The weights (taps, C) of kernels (C, 1, rows, columns): read so, channels are neighbors."""
+    return weight.flatten(1).t().contiguous()
+
+
+# --- In eager mode ----------------------------------------------------------------------
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dilation):
-        ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
-        return _convolution(x, weight, bias, dilation, False)
+        taps, ctx.sizes = _taps(weight), [*weight.shape[2:], dilation]
+        ctx.save_for_backward(x, weight, taps)
+        with _or_not(x.get_device()):
+            return _forward(_convolve, x, taps, bias, ctx.sizes)
+        return torch.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), *_plain(ctx.sizes), len(bias))
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        channels, _, rows, columns = weight.shape
-        dilation, needed = ctx.dilation, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # gradients of these are wanted, too
-            padding = dilation * (rows // 2), dilation * (columns // 2)
-            return *torch.ops.aten.convolution_backward(
-                grad, x, weight.to(x.dtype), [channels], (1, 1), padding, (dilation, dilation),
-                False, (0, 0), channels, needed[:3],
-            ), None  # fmt: skip
-        grad_x = grad_weight = grad_bias = None
-        grad = grad.contiguous(memory_format=LAST)
-        if needed[0]:
-            grad_x = _convolution(grad, weight, weight, dilation, True)
-        if any(needed[1:3]):
-            found = _gradients(x, grad, rows, columns, dilation).to(weight.dtype)
-            grad_weight, grad_bias = found.split([weight.numel(), channels])
-            grad_weight = grad_weight.view_as(weight)
-        return grad_x, grad_weight, grad_bias, None
+        x, weight, taps = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # nobody wants gradients of these
+            with _or_not(x.get_device()):
+                grad_x, sums = _backward(_differentiate, x, taps, grad, ctx.sizes)
+                sums = sums.to(weight.dtype)
+                return grad_x, sums[:-1].t().reshape(weight.shape), sums[-1], None
+        stride, padding, dilation = _plain(ctx.sizes)
+        return *torch.ops.aten.convolution_backward(
+            grad, x, weight.to(x.dtype), [len(weight)], stride, padding, dilation, False, (0, 0),
+            len(weight), ctx.needs_input_grad[:3],
+        ), None  # fmt: skip
+
+
+def _plain(sizes: list[int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """PyTorch's stride, padding and dilation."""
+    rows, columns, dilation = sizes
+    return (1, 1), (dilation * (rows // 2), dilation * (columns // 2)), (dilation, dilation)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
@@ -180,24 +170,73 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
     Returns:
         (B, C, H, W) in channels_last, in the precision of ``x`` or of autocast.
     """
-    if torch.is_autocast_enabled('cuda'):
-        x = x.to(torch.get_autocast_dtype('cuda'))
-    x = x.contiguous(memory_format=LAST)
-    return _Convolution.apply(x, weight.contiguous(), bias.contiguous(), dilation)
+    return _Convolution.apply(_prepared(x), weight, bias, dilation)
 
 
-@functools.cache
-def works(gpu: int) -> bool:
-    """Tell whether Triton can compile for a GPU, which takes a C compiler; or log why not."""
+_works: dict[int, bool] = {}
+
+
+@contextmanager
+def _or_not(gpu: int) -> Iterator[None]:
+    """Go on after an error of Triton's, and leave a GPU to PyTorch from then on; log why."""
     try:
-        if torch.cuda.get_device_capability(gpu) < (8, 0):
-            raise RuntimeError('it is older than compute capability 8.0')
-        x = torch.zeros(1, 1, 1, 1, device=f'cuda:{gpu}')
-        convolve(x, x, x.flatten(), 1)
-    except Exception as error:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # of its compiler, the C compiler, or the driver
+        _works[gpu] = False
         print_log(
             f"LSKA-VAN takes PyTorch's depth-wise convolutions on GPU {gpu}, which are several "
             f'times as slow as its own: {error}', 'current', logging.WARNING,
         )  # fmt: skip
-        return False
-    return True
+
+
+@torch.compiler.assume_constant_result
+def works(gpu: int) -> bool:
+    """Tell whether Triton can compile for a GPU, which takes a C compiler; or log why not."""
+    if gpu not in _works:
+        _works[gpu] = True
+        with _or_not(gpu):
+            if torch.cuda.get_device_capability(gpu) < (8, 0):
+                raise RuntimeError('it is older than compute capability 8.0')
+            x = torch.zeros(1, 1, 1, 1, device=f'cuda:{gpu}')
+            _forward(_convolve, x, x.flatten(1), x.flatten(), [1, 1, 1])
+    return _works[gpu]
+
+
+# --- In compiled graphs -----------------------------------------------------------------
+
+if hasattr(torch.library, 'triton_op'):
+
+    def _wrap(kernel: Any) -> Any:  # not what Triton interprets
+        return (
+            torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+        )
+
+    @torch.library.triton_op('lska_mm::depthwise', mutates_args=())
+    def _operator(x: Tensor, taps: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
+        return _forward(_wrap(_convolve), x, taps, bias, sizes)
+
+    @torch.library.triton_op('lska_mm::depthwise_backward', mutates_args=())
+    def _gradients(
+        x: Tensor, taps: Tensor, grad: Tensor, sizes: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        return _backward(_wrap(_differentiate), x, taps, grad, sizes)
+
+    def _save(ctx, inputs, output):
+        x, taps, bias, ctx.sizes = inputs
+        ctx.save_for_backward(x, taps)
+        ctx.dtype = bias.dtype
+
+    def _differentiate_operator(ctx, grad):
+        grad_x, sums = _gradients(*ctx.saved_tensors, grad, ctx.sizes)
+        sums = sums.to(ctx.dtype)
+        return grad_x, sums[:-1], sums[-1], None
+
+    _operator.register_autograd(_differentiate_operator, setup_context=_save)
+
+
+def convolve_in_graph(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    """The same as `convolve`, as an operator with its own gradient for `torch.compile`."""
+    sizes = [*weight.shape[2:], dilation]
+    return torch.ops.lska_mm.depthwise(_prepared(x), _taps(weight), bias, sizes)
