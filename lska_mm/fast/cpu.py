@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import gradients
-from .gradients import as_columns, as_rows, gelu
+from .gradients import as_columns, as_rows
+from .way import Way
 
 ALL, LAST = slice(None), torch.channels_last
 CACHED = 2**20  # numbers of a map that stay in the cache until they are used: 4 MiB
@@ -32,7 +33,7 @@ def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
     """Return the function of a module of ``kind`` and a map, which returns the map's layout."""
     function: Any
     if torch.is_grad_enabled():
-        function = _TRAINING.get(kind)
+        function = getattr(_TRAINING, kind)
     elif (
         torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
@@ -41,7 +42,7 @@ def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
         function = _INFERENCE[kind]
     else:
         return None
-    return function and functools.partial(_in_channels_last, function)
+    return functools.partial(_in_channels_last, function)
 
 
 def _in_channels_last(function: Callable, module: Any, x: Tensor) -> Tensor:
@@ -50,28 +51,7 @@ def _in_channels_last(function: Callable, module: Any, x: Tensor) -> Tensor:
     return out if last is x else out.contiguous()
 
 
-# --- Training: gradients of our own --------------------------------------------------------
-
-
-def _train_gate(gate: Any, x: Tensor) -> Tensor:
-    *convs, last = gate
-    out = x
-    for conv in convs:
-        out = gradients.depthwise(conv, out)
-    return x * gradients.conv1x1(last, out)
-
-
-def _train_attention(branch: Any, x: Tensor) -> Tensor:
-    gated = _train_gate(branch.spatial_gating_unit, gelu(gradients.conv1x1(branch.proj_1, x)))
-    return x + gradients.conv1x1(branch.proj_2, gated)
-
-
-def _train_mlp(branch: Any, x: Tensor) -> Tensor:
-    hidden = gradients.depthwise(branch.dwconv, gradients.conv1x1(branch.fc1, x))
-    return gradients.conv_of_gelu(branch.fc2, hidden)
-
-
-_TRAINING = dict(gate=_train_gate, attention=_train_attention, mlp=_train_mlp)
+_TRAINING = Way(gradients.depthwise, gradients.conv1x1, gradients.conv_of_gelu)
 
 
 # --- Inference: activations, products and sums inside oneDNN's convolutions ----------------

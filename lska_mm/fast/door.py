@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules import module as torch_module
 
-from . import cpu, gpu
+from . import compiled, cpu, gpu
 
 if hasattr(torch.compiler, 'is_compiling'):
     from torch.compiler import is_compiling
@@ -42,10 +42,21 @@ _GLOBAL_HOOKS = [
 
 
 def has_fast_path(kind: str) -> Callable[[type], type]:
-    """Decorate a class of the network: its instances are of ``kind``, those of subclasses not."""
+    """Decorate a class of the network: its forward takes the fast path, where there is one.
+
+    That of subclasses does not.
+    """
 
     def register(cls: Any) -> Any:
-        _KINDS[cls] = kind, cls.forward
+        plain = cls.forward
+
+        @functools.wraps(plain)
+        def forward(self: Any, x: Tensor) -> Tensor:
+            fast = fast_path(self, x)
+            return plain(self, x) if fast is None else fast(x)
+
+        cls.forward = forward
+        _KINDS[cls] = kind, forward
         return cls
 
     return register
@@ -86,9 +97,11 @@ def layout_of(x: Any) -> torch.memory_format:
 
 
 def _device(x: Any) -> Any:
-    """Return the module for the device of ``x``; None if not just this call is computed now."""
-    if is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+    """Return the module for the device of ``x``; None if something else listens or traces."""
+    if torch.jit.is_tracing() or type(x) is not Tensor:
         return None
+    if is_compiling():
+        return compiled if x.is_cuda and not compiled.is_exporting() else None
     device: Any = cpu if x.is_cpu else gpu if x.is_cuda else None
     if (
         device is None
@@ -118,20 +131,7 @@ _METHODS = _methods()
 
 def _out_channels(module: Any, kind: Any, like: tuple, channels: int) -> int:
     """Return how many channels a module makes of ``channels``; 0 if it is not as it was built."""
-    if module is None:
-        return 0
     state, cls = module.__dict__, type(module)
-    if (
-        state['_forward_hooks']
-        or state['_forward_pre_hooks']
-        or state['_backward_hooks']
-        or state['_backward_pre_hooks']
-        or 'forward' in state
-        or '_conv_forward' in state
-        or '_call_impl' in state
-        or '_compiled_call_impl' in state
-    ):
-        return 0
     if kind == '1x1' or kind == 'depthwise':
         return _out_channels_of_conv(state, kind, like, channels) if cls is nn.Conv2d else 0
     if kind is nn.GELU:
@@ -149,10 +149,27 @@ def _out_channels(module: Any, kind: Any, like: tuple, channels: int) -> int:
     if parts.keys() != kinds.keys():
         return 0
     for name, part_kind in kinds.items():
-        channels = _out_channels(parts[name], part_kind, like, channels)
+        part = parts[name]
+        if part is None or _is_listened_to(part.__dict__):
+            return 0
+        channels = _out_channels(part, part_kind, like, channels)
         if not channels:
             return 0
     return channels if channels == inputs else 0
+
+
+def _is_listened_to(state: dict) -> bool:
+    """Tell whether calling a module does more than its class says, or something else."""
+    return bool(
+        state['_forward_hooks']
+        or state['_forward_pre_hooks']
+        or state['_backward_hooks']
+        or state['_backward_pre_hooks']
+        or 'forward' in state
+        or '_conv_forward' in state
+        or '_call_impl' in state
+        or '_compiled_call_impl' in state
+    )
 
 
 def _out_channels_of_conv(state: dict, kind: str, like: tuple, channels: int) -> int:

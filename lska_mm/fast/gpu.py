@@ -1,22 +1,26 @@
 """On an NVIDIA GPU: depth-wise convolutions in Triton, for maps in channels_last."""
 
 import contextlib
+import functools
 import math
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from .gradients import conv1x1, conv_of_gelu, gelu, linear
+from . import gradients
+from .gradients import linear
+from .way import Way
 
 kernels: Any = None  # if there is a GPU, and Triton
 if torch.version.cuda and hasattr(torch, 'get_autocast_dtype') and torch.cuda.is_available():
     with contextlib.suppress(ImportError):
         from . import kernels  # type: ignore[no-redef]
 
-LARGE = 2**24  # numbers of images from which a GPU computes for longer than its host launches
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -27,72 +31,94 @@ def weights_like(x: Tensor) -> tuple:
 
 def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
     """Tell whether a backbone is faster for maps that are in memory as (B, H, W, C)."""
-    return x.numel() >= LARGE and _has_kernels(x) and not any(map(_wants_nchw, backbone.modules()))
+    return has_kernels(x) and x.numel() >= large(x.get_device()) and not wants_nchw(backbone)
 
 
 def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
     """Return the function of a module of ``kind`` and a map, which returns the map's layout."""
-    if not x.is_contiguous() and x.stride(1) == 1 and _has_kernels(x):
-        return _WITH_KERNELS[kind]
-    return _mlp_of_nchw if kind == 'mlp' and torch.is_grad_enabled() else None
+    if in_channels_last(x) and has_kernels(x):
+        return getattr(_WITH_KERNELS, kind)
+    return _OF_NCHW.mlp if kind == 'mlp' and torch.is_grad_enabled() else None
 
 
-def _has_kernels(x: Tensor) -> bool:
+def in_channels_last(x: Tensor) -> bool:
+    """Tell whether a map is in memory as (B, H, W, C), and not as (B, C, H, W), too."""
+    return not x.is_contiguous() and x.stride(1) == 1
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Tell whether there are kernels for a map."""
     return kernels is not None and x.dtype in TYPES and kernels.works(x.get_device())
 
 
-def _wants_nchw(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):  # depth-wise ones of PyTorch are slower in channels_last
-        return module.groups > 1 and math.prod(module.kernel_size) > kernels.MOST_TAPS
-    return type(module).__module__.startswith('mmcv.ops')  # SyncBN's too takes any map for NCHW
+def wants_nchw(backbone: nn.Module) -> bool:
+    """Tell whether a part of a backbone is slower in channels_last, or takes any map for NCHW."""
+    return any(
+        module.groups > 1 and not has_kernel(module)
+        if isinstance(module, nn.Conv2d)
+        else type(module).__module__.startswith('mmcv.ops')  # SyncBN's too
+        for module in backbone.modules()
+    )
 
 
-def _mlp_of_nchw(branch: Any, x: Tensor) -> Tensor:
-    return conv_of_gelu(branch.fc2, branch.dwconv(branch.fc1(x)))
+def has_kernel(conv: nn.Conv2d) -> bool:
+    """Tell whether there is a kernel for a depth-wise convolution."""
+    return math.prod(conv.kernel_size) <= kernels.MOST_TAPS
 
 
-def _gate(gate: Any, x: Tensor) -> Tensor:
-    *convs, last = gate
-    out = x
-    for conv in convs:
-        out = _depthwise(conv, out)
-    return x * _conv1x1(last, out)
+@functools.cache
+def large(gpu: int) -> int:
+    """Return from which number of values in a batch the GPU takes longer than its host.
+
+    The kernels are fewer operations for the GPU, and more for the host. 2^24 is right where
+    the host needs 27 us for a launch (docs/results/h200.json).
+    """
+    if 'LSKA_KERNELS_FROM' in os.environ:
+        return int(os.environ['LSKA_KERNELS_FROM'])
+    x = torch.zeros(1, device=f'cuda:{gpu}')
+    launch = min(_seconds(x) for _ in range(5))
+    exponent = min(24, max(20, round(24 + math.log2(launch / 27e-6))))
+    print_log(
+        f'LSKA-VAN takes its own kernels on GPU {gpu} for batches of 2^{exponent} values or more, '
+        f'as the host needs {launch * 1e6:.0f} us a launch (LSKA_KERNELS_FROM sets the number).',
+        'current',
+    )
+    return 2**exponent
 
 
-def _gated(branch: Any, x: Tensor) -> Tensor:
-    """All but the last convolution of `_attention`."""
-    return _gate(branch.spatial_gating_unit, gelu(_conv1x1(branch.proj_1, x)))
+def _seconds(x: Tensor) -> float:
+    """The host's time for an operator, of a hundred that nothing waits for."""
+    start = time.perf_counter()
+    for _ in range(100):
+        x.add_(1)
+    return (time.perf_counter() - start) / 100
 
 
-def _attention(branch: Any, x: Tensor) -> Tensor:
-    return x + _conv1x1(branch.proj_2, _gated(branch, x))
+# --- Ways -------------------------------------------------------------------------------
 
 
-def _mlp(branch: Any, x: Tensor) -> Tensor:
-    hidden = _depthwise(branch.dwconv, _conv1x1(branch.fc1, x))
-    if torch.is_grad_enabled():
-        return conv_of_gelu(branch.fc2, hidden, _is_product(hidden))
-    return _conv1x1(branch.fc2, gelu(hidden))
-
-
-def _deployed(block: Any, x: Tensor) -> Tensor:
-    x = x * block.shortcut + _conv1x1(block.attn.proj_2, _gated(block.attn, x))
-    return x + _mlp(block.mlp, x)
-
-
-_WITH_KERNELS = dict(gate=_gate, attention=_attention, mlp=_mlp, deployed=_deployed)
+def plain(conv: Any, x: Tensor) -> Tensor:
+    return conv(x)
 
 
 def _depthwise(conv: Any, x: Tensor) -> Tensor:
-    if math.prod(conv.kernel_size) <= kernels.MOST_TAPS:
+    if has_kernel(conv):
         return kernels.convolve(x, conv.weight, conv.bias, conv.dilation[0])
-    return F.conv2d(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation, conv.groups)
+    return conv(x)
 
 
 def _conv1x1(conv: Any, x: Tensor) -> Tensor:
-    return linear(x, conv.weight, conv.bias) if _is_product(x) else conv1x1(conv, x)
+    return linear(x, conv.weight, conv.bias) if _is_product(x) else gradients.conv1x1(conv, x)
+
+
+def _conv_of_gelu(conv: Any, x: Tensor) -> Tensor:
+    return gradients.conv_of_gelu(conv, x, _is_product(x))
 
 
 def _is_product(x: Tensor) -> bool:
     """Tell whether a product of matrices is faster; of float32 convolutions alone use TF32."""
     return x.dtype != torch.float32 or torch.is_autocast_enabled()
+
+
+_WITH_KERNELS = Way(_depthwise, _conv1x1, _conv_of_gelu)
+_OF_NCHW = Way(plain, plain, gradients.conv_of_gelu)

@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..fast.door import fast_path, has_fast_path
+from ..fast.door import has_fast_path
 from .lska import Attention, depthwise_conv
 
 
@@ -60,10 +60,9 @@ class Block(BaseModule):
         return torch.addcmul(x, self.drop_path(branch), scale[:, None, None])
 
     def _run(self, branch: nn.Module, x: Tensor) -> Tensor:
-        run = fast_path(branch, x) or branch
         if self.with_cp and isinstance(x, Tensor) and x.requires_grad:
-            return checkpoint(run, x, use_reentrant=False)
-        return run(x)
+            return checkpoint(branch, x, use_reentrant=False)
+        return branch(x)
 
 
 class PatchEmbed(BaseModule):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..fast.door import fast_path, has_fast_path
+from ..fast.door import has_fast_path
 from .block import MLP, Block, PatchEmbed
 from .lska import Attention
 
@@ -37,9 +37,6 @@ class FusedBlock(BaseModule):
         self.shortcut = nn.Parameter((1 + scale_1 * norm1[0])[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        fast = fast_path(self, x)
-        if fast:
-            return fast(x)
         attn = self.attn
         gated = attn.spatial_gating_unit(attn.activation(attn.proj_1(x)))
         x = x * self.shortcut + attn.proj_2(gated)

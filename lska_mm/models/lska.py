@@ -14,7 +14,7 @@ from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..fast.door import fast_path, has_fast_path
+from ..fast.door import has_fast_path
 
 ATTENTIONS = ('LSKA', 'LKA', 'LSKA-trivial', 'LKA-trivial')
 
@@ -148,8 +148,7 @@ class LSKA(Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
         check_channels(x, self.in_channels, 'LSKA')
-        fast = fast_path(self, x)
-        return fast(x) if fast else x * super().forward(x)
+        return x * super().forward(x)
 
 
 @has_fast_path('attention')

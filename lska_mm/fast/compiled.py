@@ -1,0 +1,39 @@
+"""In graphs that `torch.compile` makes for an NVIDIA GPU: depth-wise convolutions in Triton.
+
+The compiler fuses the rest. Graphs that are exported have PyTorch's operators alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from . import gpu
+from .gpu import weights_like as weights_like
+from .way import Way
+
+
+def is_exporting() -> bool:
+    """Tell whether a graph is made for others to run, or may be."""
+    return getattr(torch.compiler, '_is_exporting_flag', True)
+
+
+def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
+    """Tell whether a backbone is faster for maps that are in memory as (B, H, W, C)."""
+    return gpu.has_kernels(x) and not gpu.wants_nchw(backbone)
+
+
+def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
+    """Return the function of a module of ``kind`` and a map, which returns the map's layout."""
+    return getattr(_WAY, kind) if gpu.in_channels_last(x) and gpu.has_kernels(x) else None
+
+
+def _depthwise(conv: Any, x: Tensor) -> Tensor:
+    if gpu.has_kernel(conv):
+        return gpu.kernels.convolve_in_graph(x, conv.weight, conv.bias, conv.dilation[0])
+    return conv(x)
+
+
+_WAY = Way(_depthwise, gpu.plain, lambda conv, x: conv(F.gelu(x)))
