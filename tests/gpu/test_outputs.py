@@ -22,6 +22,49 @@ def test_published_outputs(device, arch, k, deploy):
         assert reference_error([stage.cpu() for stage in stages], arch, k) <= 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ('rows', 'columns', 'dilation'),
+    [(1, 5, 1), (7, 1, 3), (3, 3, 1), (1, 17, 3), (21, 1, 3), (1, 31, 1)],
+)
+def test_kernels(rows, columns, dilation, dtype):
+    """Without a GPU Triton's interpreter runs them: tests/test_fast/test_kernels.py."""
+    from lska_mm.fast import kernels
+
+    torch.manual_seed(0)
+    shape, channels = (3, 160, 37, 41), 160
+    x, grad = (torch.randn(shape, device='cuda').to(dtype, memory_format=torch.channels_last)
+               for _ in range(2))  # fmt: skip
+    weight, bias = (torch.randn(size, device='cuda')
+                    for size in ((channels, 1, rows, columns), (channels,)))  # fmt: skip
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    padding = dilation * (rows // 2), dilation * (columns // 2)
+    expected = torch.nn.functional.conv2d(*exact, 1, padding, dilation, channels)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    for convolve in (kernels.convolve, torch.compile(kernels.convolve_in_graph)):
+        found = convolve(*inputs, dilation)
+        pairs = [(found, expected), *zip(torch.autograd.grad(found, inputs, grad), wanted)]
+        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+        print(f'{dtype}, {rows} x {columns}: {" ".join(f"{error:.1e}" for error in errors)}')
+        assert max(errors) <= max(1e-5, torch.finfo(dtype).eps)
+    assert kernels.works(0)
+
+
+@pytest.mark.gpu
+def test_kernels_beyond_32_bits():
+    from lska_mm.fast import kernels
+
+    x = torch.zeros(1, 1500, 1500, 1024, device='cuda', dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    x[:, :, -40:] = torch.rand(40, 1500, device='cuda', dtype=torch.bfloat16)
+    weight, bias = torch.rand(1024, 1, 7, 1, device='cuda'), torch.rand(1024, device='cuda')
+    with torch.no_grad():
+        found = kernels.convolve(x, weight, bias, 3)[:, :, -30:]
+        expected = kernels.convolve(x[:, :, -40:], weight, bias, 3)[:, :, -30:]
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize('deploy', [False, True])
 def test_mixed_precision(device, deploy):
     """Of inference, and of the gradients that a loss scale would be applied to."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from conftest import ROOT, load_tool
 from lska_mm import LSKAVAN
@@ -53,23 +54,38 @@ def test_classifier(device, tool, digits, tmp_path, how):
     assert top1 >= (95 if device.type == 'cuda' else 0)
 
 
-def test_segmentor_with_sync_bn(device, tool, tmp_path):
-    """The nuclei, by one process of torchrun: NCCL, or gloo."""
+@pytest.mark.parametrize('head', ['fpn', pytest.param('upernet', marks=pytest.mark.gpu)])
+def test_segmentor_with_sync_bn(device, tool, tmp_path, head):
+    """The nuclei, by one process of torchrun: NCCL, or gloo; compiled between the norms."""
     tool('tools/dataset_converters/nuclei.py', '--out', tmp_path / 'nuclei', '--formats', 'ade')
     iterations = 200 if device.type == 'cuda' else 1
-    data = [
-        f'{part}_dataloader.dataset.data_root={tmp_path}/nuclei/ade'
-        for part in ('train', 'val', 'test')
-    ]
+    cfg = Config.fromfile(ROOT / 'demo/lska-van-tiny_fpn_nuclei.py')
+    if head == 'upernet':
+        data, cfg = cfg, Config.fromfile(
+            ROOT / 'configs/segmentation/lska-van-tiny_upernet_8xb2-160k_ade20k-512x512.py'
+        )  # fmt: skip
+        parts = ('dataloader', 'evaluator', 'optim_wrapper', 'scheduler', 'train_cfg', 'hooks')
+        for key in filter(lambda key: key.endswith(parts), data):
+            cfg[key] = data[key]
+        cfg.model.backbone.init_cfg = None
+        cfg.model.data_preprocessor.size = data.model.data_preprocessor.size
+        for part in (cfg.model.decode_head, cfg.model.auxiliary_head):
+            part.num_classes = data.model.decode_head.num_classes
+    cfg.sync_bn = 'torch'
+    cfg.model.backbone.norm_cfg = dict(type='SyncBN')
+    cfg.custom_hooks = [dict(type='CompileHook')] if head == 'upernet' else []
+    for part in ('train', 'val', 'test'):
+        cfg[f'{part}_dataloader'].dataset.data_root = f'{tmp_path}/nuclei/ade'
+    cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
+    cfg.dump(tmp_path / 'config.py')
     printed = tool(
         '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=1',
-        'tools/train.py', 'demo/lska-van-tiny_fpn_nuclei.py', '--launcher', 'pytorch',
-        '--work-dir', tmp_path / 'work', '--cfg-options', 'sync_bn=torch', *data,
-        f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}',
+        'tools/train.py', tmp_path / 'config.py', '--launcher', 'pytorch',
+        '--work-dir', tmp_path / 'work',
     )  # fmt: skip
     assert ('SyncBN is plain BatchNorm' in printed) == (device.type == 'cpu')
     iou = last_metric(tmp_path / 'work', 'mIoU')
-    print(f'{device}: mIoU {iou:.2f} after {iterations} iterations')
+    print(f'{head}, {device}: mIoU {iou:.2f} after {iterations} iterations')
     assert iou >= (85 if device.type == 'cuda' else 0)
 
 

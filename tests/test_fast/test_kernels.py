@@ -168,7 +168,8 @@ needs_triton = pytest.mark.skipif(
 def test_by_the_interpreter(code):
     if code is GRAPHS and not hasattr(torch.library, 'triton_op'):
         pytest.skip('operators of Triton need torch 2.6')
-    environment = dict(TRITON_INTERPRET='1', PYTHONPATH=str(ROOT / 'tests'), OMP_NUM_THREADS='1')
+    paths = os.pathsep.join([str(ROOT / 'tests'), *filter(None, [os.environ.get('PYTHONPATH')])])
+    environment = dict(TRITON_INTERPRET='1', PYTHONPATH=paths, OMP_NUM_THREADS='1')
     result = subprocess.run(
         [sys.executable, '-c', code], env={**os.environ, **environment}, cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,

@@ -1,0 +1,347 @@
+"""All that a GPU has to show, in one command of some minutes, the most telling first.
+
+    python tests/gpu/everything.py --out DIR [--limit 540] [--steps NAME ...]
+
+What is common is imported once; each step is a fork of this process with a limit of its
+own, and what hangs is killed. In DIR, `steps.jsonl` gets a line after each step, `log.txt`
+what they print as they go, and some write a file. On a machine without a GPU the steps
+run on its CPU, smaller: a rehearsal.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'  # or no fork could use a GPU
+ROOT = Path(__file__).resolve().parents[2]
+os.chdir(ROOT)
+sys.path[:0] = [str(ROOT), str(ROOT / '.dev_scripts')]
+
+# ruff: noqa: E402
+import mmcv.ops
+import mmdet.apis
+import mmpretrain  # noqa: F401
+import mmseg.apis  # noqa: F401
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+
+from benchmarking.gpu import Case, run
+from benchmarking.plain_lska_van import PlainLSKAVAN, plain_lska_van
+from lska_mm import LSKAVAN
+from lska_mm.fast import gpu
+
+GPU = torch.cuda.is_available()
+DEVICE = 'cuda' if GPU else 'cpu'
+SMALL = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], ffn_ratios=[8, 8, 4, 4])
+ARCH = 'tiny' if GPU else SMALL
+COMPILER = {} if GPU else dict(backend='aot_eager')
+TURNS = 9 if GPU else 1
+
+
+# --- Steps: each returns what goes into its line ----------------------------------------
+
+
+def machine(out):
+    """What there is, and whether mmcv's operators and the kernels work."""
+    boxes, scores = torch.tensor([[0.0, 0, 9, 9], [1, 1, 9, 9]]), torch.tensor([0.9, 0.8])
+    kept = mmcv.ops.nms(boxes.to(DEVICE), scores.to(DEVICE), 0.5)[1].tolist()
+    known = dict(python=platform.python_version(), torch=torch.__version__, nms=kept)
+    if GPU:
+        known.update(gpu=torch.cuda.get_device_name(), kernels=gpu.kernels.works(0))
+        known.update(numbers=gpu.large(0))
+    return known
+
+
+def launches(out):
+    """Microseconds that the host takes: an operator, a kernel of Triton, and training with it."""
+    x = torch.rand(2, 32, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(32, 32, (1, 7), 1, (0, 9), 3, 32).to(DEVICE)
+    small = torch.zeros(1, device=DEVICE)
+
+    def train(function):
+        function(x.requires_grad_()).sum().backward()
+
+    calls = {'add': lambda: small.add_(1), 'torch': lambda: train(conv)}
+    if GPU:
+        ours = gpu.kernels.convolve
+        calls['triton'] = lambda: train(lambda x: ours(x, conv.weight, conv.bias, 3))
+        calls['triton, forward'] = lambda: ours(x.detach(), conv.weight, conv.bias, 3)
+    found = {}
+    for name, call in calls.items():
+        for _ in range(20):
+            call()
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        found[name] = 1e4 * (time.perf_counter() - start)
+    return found
+
+
+def convolutions(out):
+    """Milliseconds on the GPU: depth-wise convolutions of tiny, forward and backward."""
+    found, size = {}, (2, 32, 200, 304) if GPU else (1, 8, 16, 16)
+    for channels, kernel, dilation in ((1, (1, 5), 1), (1, (7, 1), 3), (8, (3, 3), 1)):
+        batch, width, *rest = size
+        x = torch.rand(batch, channels * width, *rest, device=DEVICE)
+        x = x.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+        padding = [dilation * (n // 2) for n in kernel]
+        conv = torch.nn.Conv2d(x.shape[1], x.shape[1], kernel, 1, padding, dilation, x.shape[1])
+        conv.to(DEVICE, torch.bfloat16)
+        ways = dict(torch=conv)
+        if GPU:
+            more = conv.weight, conv.bias, dilation
+            ways['triton'] = lambda x, more=more: gpu.kernels.convolve(x, *more)
+        for name, way in ways.items():
+            y = way(x)
+            grad = torch.ones_like(y)
+            key = f'{name}, {kernel[0]} x {kernel[1]}, {x.shape[1]} channels'
+            found[f'{key}, forward'] = on_gpu(lambda way=way, x=x: way(x))
+            found[f'{key}, backward'] = on_gpu(lambda y=y, grad=grad: y.backward(grad, True))
+    return found
+
+
+def block(out):
+    """One block, compiled: fixed and varying sizes, differences from float64, kernels launched."""
+    torch.manual_seed(0)
+    model, found = LSKAVAN(ARCH).to(DEVICE).train().block2[0], {}
+    exact = copy.deepcopy(model).double()
+    for dynamic in (False, True):
+        compiled = copy.deepcopy(model)
+        compiled.compile(dynamic=dynamic, **COMPILER)
+        for side in (24, 40) if dynamic else (24,):
+            x = torch.rand(2, model.attn.proj_1.in_channels, side, side + 8, device=DEVICE)
+            x = x.contiguous(memory_format=torch.channels_last)
+            ours, other = (outputs(m, x.to(m.layer_scale_1.dtype)) for m in (compiled, exact))
+            errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, other)]
+            # gradients before a norm are zero but for rounding
+            found[f'dynamic={dynamic}, {side}'] = [errors[0], statistics.median(errors)]
+        if GPU:
+            with torch.profiler.profile() as profile:
+                outputs(compiled, x)
+                torch.cuda.synchronize()
+            names = [event.name for event in profile.events()
+                     if event.device_type == torch.autograd.DeviceType.CUDA]  # fmt: skip
+            own = [name for name in names if '_convolve' in name or '_differentiate' in name]
+            found[f'dynamic={dynamic}, kernels'] = f'{len(names)}, {len(own)} of them ours'
+    return found
+
+
+def outputs(model, x):
+    """The map of a module, and its gradients."""
+    model.zero_grad()
+    out = model(x)
+    out.square().mean().backward()
+    return [out, *(p.grad for p in model.parameters())]
+
+
+def backbones(out):
+    """The benchmark's rows for training and inference, eager, as CUDA graphs, and compiled."""
+    shapes = [(2, (800, 1216)), (32, (224, 224))] if GPU else [(1, (32, 32))]
+    cases = [
+        Case(arch, 23, *shape, 'bf16', 'NCHW', train, compiled=True)
+        for train in (True, False) for arch in ('tiny', 'base') for shape in shapes
+    ]  # fmt: skip
+    run(build, out, LIMITS['backbones'] - 40, DEVICE, cases)
+    rows = json.loads((out / 'benchmark.json').read_text())['rows']
+    return {f'{row["arch"]} {row["batch"]} {"train" if row["train"] else "infer"} {row["model"]}':
+            round(row['ratio'], 3) for row in rows}  # fmt: skip
+
+
+def build(arch, kernel_size, train):
+    """Models to compare."""
+    if not GPU:
+        return dict(plain=plain_network(), default=LSKAVAN(ARCH, kernel_size))
+    return dict(plain=plain_lska_van(arch, kernel_size), default=LSKAVAN(arch, kernel_size))
+
+
+def detectors(out):
+    """Milliseconds of whole training steps in float16, two images of 800 x 1216."""
+    found = {}
+    for name in ('mask-rcnn', 'retinanet'):
+        steps = {}
+        for kind in ('plain', 'default', 'compiled', 'resnet50'):
+            steps[kind] = training_step(name, kind)
+        for step in steps.values():
+            for _ in range(4 if GPU else 1):
+                step()
+        times = {kind: [] for kind in steps}
+        for _ in range(TURNS):
+            for kind, step in steps.items():
+                synchronize()
+                start = time.perf_counter()
+                step()
+                synchronize()
+                times[kind].append(1e3 * (time.perf_counter() - start))
+        found.update({f'{name} {kind}': statistics.median(t) for kind, t in times.items()})
+    return found
+
+
+def training_step(name, kind):
+    """A function that trains a detector by one step."""
+    from mmdet.testing import demo_mm_inputs
+
+    path = ROOT / f'configs/detection/{name}_lska-van-tiny_fpn_1x_coco.py'
+    if kind == 'resnet50':
+        own = Path(mmdet.__file__).parent / '.mim/configs'
+        path = own / name.replace('-', '_') / f'{name}_r50_fpn_1x_coco.py'
+    cfg = Config.fromfile(path)
+    init_default_scope('mmdet')
+    cfg.model.backbone.init_cfg = None
+    if kind != 'resnet50':
+        indices = cfg.model.backbone.out_indices
+        cfg.model.backbone.arch = ARCH
+        cfg.model.neck.in_channels = [LSKAVAN(ARCH).arch['embed_dims'][i] for i in indices]
+    model = MODELS.build(cfg.model)
+    if kind == 'plain':
+        model.backbone = PlainBackbone(indices)
+    model.to(DEVICE).train()
+    if kind == 'compiled':
+        model.backbone.compile(dynamic=True, **COMPILER)
+    how = dict(type='AmpOptimWrapper', loss_scale='dynamic') if GPU else {}
+    optim_wrapper = build_optim_wrapper(model, {**cfg.optim_wrapper, **how})
+    shape = (3, 800, 1216) if GPU else (3, 64, 96)
+    data = demo_mm_inputs(2, [shape] * 2, num_items=[10, 10], with_mask=name == 'mask-rcnn')
+    return lambda: model.train_step(data, optim_wrapper)
+
+
+def plain_network():
+    """The network in plain operators."""
+    if GPU:
+        return plain_lska_van(ARCH, 23)
+    return PlainLSKAVAN(ARCH['embed_dims'], ARCH['depths'], 23)
+
+
+class PlainBackbone(torch.nn.Module):
+    """The same, of which a detector takes some maps."""
+
+    def __init__(self, out_indices):
+        super().__init__()
+        self.network, self.out_indices = plain_network(), out_indices
+
+    def forward(self, x):
+        maps = self.network.features(x)
+        return tuple(maps[i] for i in self.out_indices)
+
+
+def tests(*arguments):
+    """A step of tests, `make gpu`'s or, without a GPU, the same that `make test` has."""
+
+    def step(out):
+        marks = 'gpu' if GPU else 'not gpu and not soak'
+        code = pytest.main(['-m', marks, '-s', '-v', '-p', 'no:cacheprovider', *arguments])
+        return dict(code=int(code))
+
+    return step
+
+
+STEPS = {  # limits in seconds, and what is run
+    'machine': (40, machine),
+    'kernels': (80, tests('tests/gpu/test_outputs.py', '-k', 'kernels or published')),
+    'launches': (20, launches),
+    'convolutions': (30, convolutions),
+    'block': (90, block),
+    'detectors': (150, detectors),
+    'backbones': (200, backbones),
+    'trained': (300, tests('tests/gpu/test_detectors.py')),
+    'rest': (300, tests('tests/gpu', '--ignore', 'tests/gpu/test_detectors.py', '-k',
+                        'not kernels and not published')),
+}  # fmt: skip
+LIMITS = {name: limit for name, (limit, _) in STEPS.items()}
+
+
+# --- How they are run -------------------------------------------------------------------
+
+
+def synchronize():
+    """Wait for the GPU."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def on_gpu(step):
+    """Milliseconds of a step, the median of some."""
+    times = []
+    for _ in range(3 + TURNS):
+        if not GPU:
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def fork(name, step, limit, out, log):
+    """Run a step in a fork, at most so many seconds; return its line."""
+    result = out / f'.{name}.json'
+    start, child = time.perf_counter(), os.fork()
+    if child == 0:
+        os.setsid()  # what it starts is killed with it
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
+        code = 1
+        try:
+            result.write_text(json.dumps(step(out)))
+            code = 0
+        except BaseException:  # also what pytest and mmengine end with
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    status = None
+    while status is None and time.perf_counter() - start < limit:
+        done, ended = os.waitpid(child, os.WNOHANG)
+        status = ended if done else None
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if status is None:
+        os.waitpid(child, 0)
+    line = dict(step=name, seconds=round(time.perf_counter() - start, 1))
+    line['end'] = 'killed at its limit' if status is None else os.waitstatus_to_exitcode(status)
+    if result.exists():
+        line.update(json.loads(result.read_text()))
+        result.unlink()
+    return line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', type=Path, required=True, help='folder for what is found')
+    parser.add_argument('--limit', type=float, default=540, help='seconds for all steps')
+    parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS)
+    args = parser.parse_args()
+    out, begin = args.out.resolve(), time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / 'log.txt').open('a') as log, (out / 'steps.jsonl').open('a') as lines:
+        for name in args.steps:
+            limit, step = STEPS[name]
+            left = args.limit - (time.perf_counter() - begin)
+            if left < 10:
+                line = dict(step=name, end='no time left')
+            else:
+                print(f'=== {name}', file=log, flush=True)
+                line = fork(name, step, min(limit if GPU else 9 * limit, left), out, log)
+            print(json.dumps(line), file=lines, flush=True)
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == '__main__':
+    main()
