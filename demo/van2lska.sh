@@ -26,7 +26,8 @@ python tools/dataset_converters/nuclei.py --out data/nuclei
 # shellcheck disable=SC2086
 train $digits "$out/classifier" ${CLASSIFIER_ARGS:-} --cfg-options model.backbone.attention=LKA
 classifier=$(cat "$out/classifier/last_checkpoint")
-python tools/model_converters/van2lska.py "$classifier" "$out/separated.pth" | tee "$out/separated.txt"
+python tools/model_converters/convert_checkpoint.py "$classifier" "$out/separated.pth" --separate |
+    tee "$out/separated.txt"
 separated=$(sed -n 's/^written to //p' "$out/separated.txt")
 python tools/test.py $digits "$classifier" --work-dir "$out/test/LKA" \
     --cfg-options model.backbone.attention=LKA

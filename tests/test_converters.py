@@ -5,19 +5,20 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
-import pytest
 import torch
 from pycocotools.coco import COCO
 
 from conftest import ROOT
 from lska_mm.weights.match import describe
 
+CONVERT = 'tools/model_converters/convert_checkpoint.py'
+
 # --- Checkpoints ---------------------------------------------------------------
 
 
 def test_convert_checkpoint(run, published_file, tmp_path):
-    printed = run('python', 'tools/convert_checkpoint.py', published_file, tmp_path / 'tiny.pth')
-    assert 'arch tiny, attention LSKA, kernel size 23, ' in printed
+    printed = run('python', CONVERT, published_file, tmp_path / 'tiny.pth')
+    assert "LSKAVAN(arch='tiny', attention='LSKA', kernel_size=23, in_channels=3)" in printed
     path = Path(printed.strip().splitlines()[-1].removeprefix('written to '))
     assert re.fullmatch(r'tiny-[0-9a-f]{8}\.pth', path.name)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -28,23 +29,8 @@ def test_convert_checkpoint(run, published_file, tmp_path):
     for ours, theirs in zip(content['state_dict'].values(), source.values()):
         assert torch.equal(ours, theirs)
     assert content['state_dict'].keys() >= {'head.fc.weight', 'backbone.norm4.bias'}
-    again = run('python', 'tools/convert_checkpoint.py', path, tmp_path / 'again.pth')
+    again = run('python', CONVERT, path, tmp_path / 'again.pth')
     assert path.stem.split('-')[-1] in again  # idempotent, to the byte
-
-
-@pytest.mark.parametrize('content', [{}, dict(state_dict={'conv1.weight': torch.zeros(1)})])
-def test_convert_checkpoint_refuses_others(run, tmp_path, content):
-    torch.save(content, tmp_path / 'other.pth')
-    printed = run(
-        'python',
-        'tools/convert_checkpoint.py',
-        tmp_path / 'other.pth',
-        tmp_path / 'out/tiny.pth',
-        code=1,
-    )
-    assert 'holds no LSKA-VAN' in printed
-    assert 'Traceback' not in printed
-    assert not (tmp_path / 'out').exists()
 
 
 # --- Data ----------------------------------------------------------------------

@@ -40,10 +40,9 @@ SEGMENTATION = 'demo/lska-van-tiny_fpn_nuclei.py'
 SEGMENTOR = 'work_dirs/demo-segmentation/iter_200.pth'
 IN1K = 'configs/classification/lska-van-tiny_4xb128_in1k.py'
 WEIGHTS = 'pretrained/lska-van-tiny_k23_in1k.pth'
-CONVERT = (
-    'python tools/convert_checkpoint.py pretrained/lska-van-tiny_k23_in1k.pth lska-van-tiny.pth'
-)
-RESIZE = 'python tools/model_converters/resize_weights.py pretrained/lska-van-tiny_k23_in1k.pth'
+CONVERTER = 'python tools/model_converters/convert_checkpoint.py'
+RESIZE = f'{CONVERTER} pretrained/lska-van-tiny_k23_in1k.pth'
+CONVERT = f'{RESIZE} lska-van-tiny.pth'
 CORRUPT = (
     'python tools/dataset_converters/imagenet_c.py data/digits/val --out data/digits-c '
     '--size 64x64 --per-class 1 --corruptions fog contrast'
@@ -53,10 +52,7 @@ TEST_CORRUPTED = (
     'data/digits-c --work-dir work_dirs/digits-c'
 )
 SEEDS = 'python tools/analysis_tools/seeds.py work_dirs/pretraining/*/ --metrics coco/segm_mAP'
-FOLD = (
-    f'python tools/model_converters/reparameterize_model.py {SEGMENTATION} {SEGMENTOR} '
-    'work_dirs/deployed.pth'
-)
+FOLD = f'python tools/model_converters/reparameterize_model.py {SEGMENTOR} work_dirs/deployed.pth'
 EXPORT = {
     f'python tools/deployment/export_onnx.py {SEGMENTATION} {SEGMENTOR} work_dirs/segmentor.onnx '
     '--size 128x128': ([], 'written to work_dirs/segmentor.onnx'),
@@ -116,14 +112,12 @@ COMMANDS = {
     },
     'docs/weights.md': {
         CONVERT: ([], 'written to lska-van-tiny-'),
-        f'{RESIZE} lska-van-tiny_k53.pth --kernel-size 53': ([], 'kernel size 53: the same func'),
+        f'{RESIZE} lska-van-tiny_k53.pth --kernel-size 53': ([], 'kernels: the same function'),
         f'{RESIZE} lska-van-tiny_k11.pth --kernel-size 11 --nearest': (
-            [], 'kernel size 11: not the same function',
+            [], 'other kernels: not the same function',
         ),
-        f'{RESIZE} lska-van-tiny_4bands.pth --in-channels 4': ([], 'images of 4 channels'),
-        f'python tools/model_converters/van2lska.py pretrained/{VAN} van-tiny.pth': (
-            [], 'kernel size 23: ',
-        ),
+        f'{RESIZE} lska-van-tiny_4bands.pth --in-channels 4': ([], 'in_channels=4)'),
+        f'{CONVERTER} pretrained/{VAN} van-tiny.pth --separate': ([], 'the energy kept at least'),
     },
     'docs/new_heads.md': {
         'python tools/train.py my_atss.py': (ONE_EPOCH, 'Epoch(val) [1][1/1]'),
@@ -142,7 +136,7 @@ COMMANDS = {
     'docs/faq.md': {
         'python -c "import lska_mm; from mmengine.registry import MODELS; '
         "print('LSKAVAN' in MODELS)\"": ([], 'True'),
-        CONVERT: ([], 'arch tiny, attention LSKA, kernel size 23'),
+        CONVERT: ([], "LSKAVAN(arch='tiny', attention='LSKA', kernel_size=23"),
         f'python $MMDET/tools/analysis_tools/browse_dataset.py {RETINANET} --output-dir browsed '
         '--not-show': (SHORT, '1/1'),
         f'python $MMPRETRAIN/tools/analysis_tools/get_flops.py {IN1K} --shape 224 224': (
@@ -199,13 +193,14 @@ COMMANDS = {
             ['--cfg-options', *SEGMENTOR_SHORT], 'GPU number: 2',
         ),
         f'bash tools/dist_test.sh {SEGMENTATION} {SEGMENTOR} 2': ([], 'GPU number: 2'),
-        f'python tools/convert_checkpoint.py {CLASSIFIER} work_dirs/classifier.pth': (
+        f'{CONVERTER} {CLASSIFIER} work_dirs/classifier.pth': (
             [], 'written to work_dirs/classifier-',
         ),
         FOLD: ([], 'it loads with model.backbone.deploy=True'),
-        f'python tools/model_converters/resize_weights.py {SEGMENTOR} work_dirs/k53.pth '
-        '--kernel-size 53': ([], 'written to work_dirs/k53-'),
-        f'python tools/model_converters/van2lska.py pretrained/{VAN} work_dirs/van-tiny.pth': (
+        f'{CONVERTER} {SEGMENTOR} work_dirs/k53.pth --kernel-size 53': (
+            [], 'written to work_dirs/k53-',
+        ),
+        f'{CONVERTER} pretrained/{VAN} work_dirs/van-tiny.pth --separate': (
             [], 'written to work_dirs/van-tiny-',
         ),
         'python tools/dataset_converters/nuclei.py': ([], 'written to data/nuclei'),

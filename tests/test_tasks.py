@@ -122,16 +122,13 @@ def test_segmentation_inferencer(segmentor, tmp_path):
 
 def test_deployed_checkpoint_has_the_same_metric(segmentor, run, tmp_path):
     tool, target = 'tools/model_converters/reparameterize_model.py', tmp_path / 'deployed.pth'
-    deployed = written_file(run('python', tool, NUCLEI, last_checkpoint(segmentor), target))
+    deployed = written_file(run('python', tool, last_checkpoint(segmentor), target))
     printed = run('python', 'tools/test.py', NUCLEI, deployed, '--work-dir', tmp_path,
                   '--cfg-options', 'model.backbone.deploy=True')  # fmt: skip
     before = re.search(r'^mIoU: ([\d.]+)$', segmentor[1], re.MULTILINE)[1]
     assert float(re.search(r'mIoU: ([\d.]+)', printed)[1]) == pytest.approx(
         float(before), abs=0.01
     )
-    printed = run('python', tool, DIGITS, last_checkpoint(segmentor), target, code=1)
-    assert 'cannot be loaded into the ImageClassifier of the config' in printed
-    assert 'The file holds LSKAVAN(' in printed
 
 
 def test_engines_keep_the_metric(classifier, run, tmp_path):

@@ -20,7 +20,12 @@ from conftest import ROOT
 DEMO = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py'
 RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 MIM = Path(mmdet.__file__).parent / '.mim/tools'
-TOOLS = ('train.py', 'test.py', 'convert_checkpoint.py', 'dataset_converters/nuclei.py')
+TOOLS = (
+    'train.py',
+    'test.py',
+    'model_converters/convert_checkpoint.py',
+    'dataset_converters/nuclei.py',
+)
 
 
 def shrink(nuclei, *more):

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from conftest import ROOT, published_state
-from lska_mm.weights.convert import read, save_with_hash
+from lska_mm.weights.convert import convert
 
 DIGITS = ROOT / 'demo/lska-van-tiny_digits.py'
 NUCLEI = ROOT / 'demo/lska-van-tiny_fpn_nuclei.py'
@@ -35,7 +35,7 @@ def weights(published_file, tmp_path_factory):
     bands = published_state()
     bands[FIRST] = bands[FIRST][:, [0, 1, 2, 0]]
     torch.save(bands, folder / 'bands.pth')
-    save_with_hash(dict(state_dict=read(published_file)[1]), folder / 'same.pth', published_file)
+    convert(str(published_file), folder / 'same.pth', lambda state, meta: (state, []))
     return folder
 
 
@@ -62,13 +62,12 @@ def files(digits, weights, tmp_path, monkeypatch):
 
 # Arguments, of which CONFIG, CHECKPOINT, IMAGE and FOLDER are right but for one.
 REPARAMETERIZE = 'model_converters/reparameterize_model.py'
+CONVERT = 'model_converters/convert_checkpoint.py'
 TOOLS = {
     'train.py': 'CONFIG --resume CHECKPOINT',
     'test.py': 'CONFIG CHECKPOINT',
-    'convert_checkpoint.py': 'CHECKPOINT out/new.pth',
-    REPARAMETERIZE: 'CONFIG CHECKPOINT out/new.pth',
-    'model_converters/resize_weights.py': 'CHECKPOINT out/new.pth --kernel-size 53',
-    'model_converters/van2lska.py': 'CHECKPOINT out/new.pth',
+    CONVERT: 'CHECKPOINT out/new.pth',
+    REPARAMETERIZE: 'CHECKPOINT out/new.pth',
     'deployment/export_onnx.py': 'CONFIG CHECKPOINT out/new.onnx',
     'visualization/attention.py': 'CONFIG CHECKPOINT IMAGE --out out/new.png',
     'visualization/erf.py': '--model CONFIG CHECKPOINT --images FOLDER --out out/new.png',
@@ -119,30 +118,22 @@ CELLS = [
     for wrong in WRONG[kind]
 ]
 # Arguments of which each is what it should be, but not for this tool.
-NOT_DEPLOYED = 'and this backbone is not: set model.backbone.deploy=True.'
-DEPLOY = '--cfg-options model.backbone.deploy=True'
+NOT_DEPLOYED = 'in_channels=3, deploy=True), this backbone is'
 OTHER_TASK = 'tensors are missing (first: head.fc.weight)'
-RESIZE = 'model_converters/resize_weights.py'
 KERNELS = '--kernel-sizes 23 24 --out out'
 REFUSED = [
     ('test.py', 'CONFIG deployed.pth', NOT_DEPLOYED),
     ('test.py', 'CONFIG segmentor.pth', OTHER_TASK),
-    (REPARAMETERIZE, 'CONFIG deployed.pth out/new.pth', NOT_DEPLOYED),
-    (
-        REPARAMETERIZE,
-        f'CONFIG deployed.pth out/new.pth {DEPLOY}',
-        'deployed.pth is deployed already.',
-    ),
-    (REPARAMETERIZE, 'CONFIG segmentor.pth out/new.pth', OTHER_TASK),
+    (REPARAMETERIZE, 'deployed.pth out/new.pth', 'is deployed already.'),
     ('deployment/export_onnx.py', 'CONFIG deployed.pth out/new.onnx', NOT_DEPLOYED),
     ('deployment/export_onnx.py', 'CONFIG segmentor.pth out/new.onnx', OTHER_TASK),
     ('analysis_tools/imagenet_c.py', 'CONFIG segmentor.pth corrupted --work-dir work', OTHER_TASK),
-    ('convert_checkpoint.py', 'SAME same.pth', 'is the file to convert; name another one'),
-    (RESIZE, 'SAME same.pth --in-channels 3', 'is the file to convert; name another one'),
-    (RESIZE, 'CHECKPOINT out/new.pth --in-channels 0', 'in_channels=0 is less than 1.'),
-    (RESIZE, 'bands.pth out/new.pth --in-channels 3', 'only those for 1 or 3 can be resized'),
-    (RESIZE, 'CHECKPOINT out/new.pth --kernel-size 24', 'kernel_size=24 cannot be split'),
-    ('model_converters/van2lska.py', 'CHECKPOINT out/new.pth', 'The kernels are 1-D already'),
+    (CONVERT, 'SAME same.pth', 'is the file to convert; name another one'),
+    (CONVERT, 'SAME same.pth --in-channels 3', 'is the file to convert; name another one'),
+    (CONVERT, 'CHECKPOINT out/new.pth --in-channels 0', 'in_channels=0 is less than 1.'),
+    (CONVERT, 'bands.pth out/new.pth --in-channels 3', 'only those for 1 or 3 can be resized'),
+    (CONVERT, 'CHECKPOINT out/new.pth --kernel-size 24', 'kernel_size=24 cannot be split'),
+    (CONVERT, 'CHECKPOINT out/new.pth --separate', 'The kernels are 1-D already'),
     ('analysis_tools/compare_kernels.py', KERNELS, 'kernel_size=24 cannot be split'),
     ('analysis_tools/benchmark.py', KERNELS, 'kernel_size=24 cannot be split'),
 ]

@@ -2,7 +2,8 @@
 
 import hashlib
 import io
-from argparse import Namespace
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,89 +11,89 @@ from typing import Any
 
 import torch
 from mmengine.registry import MODELS
+from torch import nn
 
-from .gate import read_state
 from .loader import load_from_local
-from .match import arch_name, describe
+from .match import PUBLISHED, compare, first_stages, read_state, signature
 from .names import CheckpointError, get_state_dict
+
+State = dict[str, Any]
 
 
 def convert(
-    args: Namespace, transform: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str], str]]
+    source: str, target: Path, transform: Callable[[State, Mapping], tuple[State, list[str]]]
 ) -> None:
-    """Read ``args.src``, change its tensors, and write ``args.dst``; say what was done.
+    """Read a checkpoint, change its tensors, and write another; say what was done.
 
     Of what else the file holds, ``meta`` stays, without the text of the config.
 
     Args:
-        args: What `lska_mm.cli.converter_parser` parsed.
-        transform: From tensors to others, lines to print of its details, and a summary.
+        source: The checkpoint, in any layout, of a backbone or a model that has one.
+        target: The file to write, NAME.pth as NAME-1a2b3c4d.pth.
+        transform: From tensors under this package's names, and ``meta``, to other tensors,
+            and lines to print.
 
     Raises:
         CheckpointError: If there is no LSKA-VAN in the file, or not a whole one.
-    """
-    content, state_dict = read(args.src)
-    print(f'found {_in_words(describe(state_dict) or {})}, {len(state_dict)} tensors')
-    converted, details, summary = transform(state_dict)
-    description = whole(converted)
-    kept, dropped = {}, []
-    if 'state_dict' in content:
-        meta = content.get('meta')
-        dropped = sorted(str(key) for key in content if key not in ('state_dict', 'meta'))
-        if isinstance(meta, Mapping):
-            kept = dict(meta={key: value for key, value in meta.items() if key != 'cfg'})
-            dropped += ['meta.cfg'] if 'cfg' in meta else []
-    written = save_with_hash(dict(state_dict=converted, **kept), args.dst, args.src)
-    print('\n'.join([*details, f'{description}: {summary}']))
-    if dropped:
-        print(f'left out, as it belongs to the old weights: {", ".join(dropped)}')
-    print(f'written to {written}')
-
-
-def read(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return all that a file holds, and its tensors under this package's names.
-
-    Raises:
-        CheckpointError: If there is no LSKA-VAN among them.
+        FileExistsError: If the file to write is ``source``.
     """
     content = load_from_local(source, 'cpu')
-    return content, read_state(get_state_dict(content), source)[0]
-
-
-def whole(state_dict: Mapping[str, Any]) -> str:
-    """Say in words which LSKA-VAN tensors are.
-
-    Raises:
-        CheckpointError: If they are not a whole one.
-    """
-    description = describe(state_dict) or {}
-    deploy = 'backbone.block1.0.shortcut' in state_dict
-    last = len(description['arch']['depths']) - 1
-    try:
-        backbone = MODELS.build(
-            dict(type='LSKAVAN', **description, deploy=deploy, out_indices=(last,))
-        )
-    except ValueError as error:  # of kernels that no gate has
-        raise CheckpointError(f'These are not the tensors of an LSKA-VAN: {error}') from None
-    backbone.load_state_dict(state_dict)
-    return _in_words(description)
-
-
-def save_with_hash(content: Mapping[str, Any], target: Path, source: str) -> Path:
-    """Write a checkpoint, NAME.pth as NAME-1a2b3c4d.pth; return the file written.
-
-    Raises:
-        FileExistsError: If that is the file ``source``.
-    """
+    tensors = get_state_dict(content)
+    state = read_whole(tensors, source)
+    print(f'found {signature(state)}, {len(state)} tensors')
+    others = {} if content is tensors else {k: v for k, v in content.items() if v is not tensors}
+    meta = others.pop('meta', None)
+    meta = dict(meta) if isinstance(meta, Mapping) else {}
+    converted, lines = transform(state, meta)
+    cfg = [f'meta.{key}' for key in ('cfg',) if meta.pop(key, None)]
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(dict(state_dict=converted, **(dict(meta=meta) if meta else {})), buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
     written = target.with_name(f'{target.stem}-{digest}.pth')
     if written.exists() and written.samefile(source):
         raise FileExistsError(f'{written} is the file to convert; name another one to write.')
     with written_beside(written) as part:
         part.write_bytes(buffer.getbuffer())
-    return written
+    print('\n'.join([*lines, f'now {signature(converted)}']))
+    if others or cfg:
+        left = ', '.join([*sorted(map(str, others)), *cfg])
+        print(f'left out, as it belongs to the old weights: {left}')
+    print(f'written to {written}')
+
+
+def read_whole(state_dict: Mapping[str, Any], source: str) -> State:
+    """Return tensors under this package's names, if they are a whole LSKA-VAN.
+
+    Its norms may be of any kind: each must have the tensors that its like have in the
+    other blocks and stages. Modules of a subclass may be among the tensors.
+
+    Raises:
+        CheckpointError: If there is no LSKA-VAN among them, or a part of one; if shapes
+            do not fit each other; if one holds NaN or infinity.
+    """
+    state, description = read_state(state_dict, source)
+    van = first_stages(state, len(state))
+    found = {key: value for key, value in van.items() if PUBLISHED.fullmatch(key)}
+    try:
+        with torch.device('meta'):
+            backbone = MODELS.build(dict(type='LSKAVAN', **description, out_indices=[-1]))
+    except ValueError as error:  # of kernels that no gate has
+        raise CheckpointError(f'{source} holds no LSKA-VAN: {error}') from None
+    norms = {name: norm.weight for name, norm in backbone.named_modules()
+             if isinstance(norm, (nn.BatchNorm2d, nn.LayerNorm))}  # fmt: skip
+    expected = {key: value for key, value in backbone.state_dict().items()
+                if key.rpartition('.')[0] not in norms}  # fmt: skip
+    kinds = defaultdict(set)  # the tensors that norms have in the file
+    for key in found:
+        kinds[re.sub(r'\d', '', key.rpartition('.')[0])].add(key.rpartition('.')[2])
+    for norm, like in norms.items():
+        for name in sorted(kinds[re.sub(r'\d', '', norm)]):
+            value = found.get(f'{norm}.{name}')
+            expected[f'{norm}.{name}'] = value if getattr(value, 'ndim', 1) != 1 else like
+    problem = compare(found, expected)
+    if problem:
+        raise CheckpointError(f'{source} holds no whole {signature(state)}: {problem}.')
+    return state
 
 
 @contextmanager
@@ -105,12 +106,3 @@ def written_beside(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _in_words(description: Mapping[str, Any]) -> str:
-    """What `describe` found, in a line."""
-    name = arch_name(description['arch']) or description['arch']
-    return (
-        f'arch {name}, attention {description["attention"]}, '
-        f'kernel size {description["kernel_size"]}'
-    )

@@ -23,16 +23,12 @@ _SEPARABLE = re.compile(
 
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Read a checkpoint file without running code that it may carry.
+    """Read what `torch.save` wrote, without running code that the file may carry.
 
     Serves ``Pretrained``, ``load_from``, ``--resume`` and `init_detector`. An
     LSKA-VAN in the published layout comes back under this package's names, so
     that detectors and segmentors can start from it by its path alone. An `LSKAVAN`
     refuses what of it would leave a part of the backbone random, see `from_file`.
-
-    Args:
-        filename: A file that `torch.save` wrote.
-        map_location: As for `torch.load`.
 
     Raises:
         OSError: If there is no such file.
@@ -43,7 +39,6 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     trusted, distrusted = (
         os.environ.get(name, '').lower() in ('1', 'y', 'yes', 'true') for name in (TRUST, DISTRUST)
     )
-    refusal = pickle.UnpicklingError if distrusted else RefusedError
     try:
         if trusted or distrusted:
             checkpoint = torch.load(path, map_location, weights_only=distrusted)
@@ -51,7 +46,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             checkpoint = read(path, map_location)
     except Exception as error:  # of any kind: the bytes may be anything
         reason = str(error)[:300].encode('unicode_escape').decode()
-        if isinstance(error, refusal):
+        if isinstance(error, pickle.UnpicklingError if distrusted else RefusedError):
             raise CheckpointError(
                 f'{path} was refused: it holds {reason}, and loading that could run code. If you '
                 f'trust whoever made the file, set {TRUST}=1 for this one command.'
@@ -97,9 +92,7 @@ def load_from_http(
     model_dir: str | None = None,
     progress: bool = os.isatty(0),
 ) -> Any:
-    """Download a checkpoint, unless it was before, and read it as `load_from_local` does.
-
-    Takes and does what MMEngine's function of this name takes and does.
+    """Do what MMEngine's function of this name does, but read as `load_from_local` does.
 
     Raises:
         OSError: If it cannot be downloaded.

@@ -4,8 +4,9 @@ MMEngine loads with ``strict=False``, which leaves a wrong layout or kernel size
 behind as random weights and a warning: `adapt_state_dict` makes that an error.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from ..models.archs import ARCHS
 from .names import CheckpointError, convert_key, convert_state_dict, from_file
 
+_VAN = re.compile(r'(?:backbone\.)?((?:patch_embed|block|norm)(\d+)\..+)')
 # What every VAN has, and no subclass adds.
-_PUBLISHED = re.compile(
+PUBLISHED = re.compile(
     r'(norm\d+|patch_embed\d+\.(proj|norm)|block\d+\.\d+\.(norm[12]|layer_scale_[12]|shortcut|'
     r'attn\.(proj_[12]|spatial_gating_unit\.\w+)|mlp\.(fc[12]|dwconv)))(\.[^.]+)?'
 )
@@ -29,79 +31,100 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
         state_dict: In any of the layouts.
 
     Returns:
-        ``arch`` (embed_dims, depths and ffn_ratios), ``attention``,
-        ``kernel_size`` (a list only where the stages differ), ``in_channels`` and
-        unusual ``patch_sizes`` of `LSKAVAN`; None if these are not the tensors of one.
+        ``arch`` (embed_dims, depths and ffn_ratios), ``attention``, ``kernel_size`` (a
+        list only where the stages differ), ``in_channels`` and, where unusual,
+        ``patch_sizes`` and ``deploy`` of `LSKAVAN`, which build a network of these shapes;
+        None if these are not the tensors of one.
     """
     shapes = {
         convert_key(key).removeprefix('backbone.'): tuple(value.shape)
         for key, value in state_dict.items()
-        if isinstance(value, Tensor) and value.dim() == 4 and value.numel()
+        if isinstance(value, Tensor) and value.dim() > 2 and value.numel()
     }
-    gate = _read_gate(shapes, 1)
+    gate = _read_gate(shapes, 'block1.')
     if gate is None or 'patch_embed1.proj.weight' not in shapes:
         return None
-    depths, patches, ffn_ratios = list[int](), list[tuple](), list[int]()
-    while (patch := shapes.get(f'patch_embed{len(depths) + 1}.proj.weight')) is not None:
-        block = f'block{len(depths) + 1}.'
-        depths.append(len({key.split('.')[1] for key in shapes if key.startswith(block)}))
-        ffn_ratios.append(shapes.get(f'{block}0.mlp.fc1.weight', (0,))[0] // patch[0])
-        patches.append(patch)
-    embed_dims, patch_sizes = [patch[0] for patch in patches], [patch[-1] for patch in patches]
-    # A stage whose gate is damaged is described like the first.
-    kernel_sizes = [(_read_gate(shapes, i + 1) or gate)[1] for i in range(len(depths))]
-    usual = patch_sizes == [7, 3, 3, 3][: len(depths)]
+    stages = list[tuple]()
+    while patch := shapes.get(f'patch_embed{len(stages) + 1}.proj.weight'):
+        block, width = f'block{len(stages) + 1}.', patch[0]
+        depth = len({key.split('.')[1] for key in shapes if key.startswith(block)})
+        hidden = shapes.get(f'{block}0.mlp.fc1.weight', (0,))[0]
+        ratio = hidden / width
+        if int(width * ratio) < hidden:  # which the network makes of it
+            ratio = math.nextafter(ratio, math.inf)
+        # A stage whose gate is damaged is described like the first.
+        size = (_read_gate(shapes, block) or gate)[1]
+        stages.append((width, depth, int(ratio) if ratio.is_integer() else ratio, size, patch[-1]))
+    embed_dims, depths, ffn_ratios, sizes, patch_sizes = map(list, zip(*stages))
+    usual = patch_sizes == [7, 3, 3, 3][: len(stages)]
     return dict(
         arch=dict(embed_dims=embed_dims, depths=depths, ffn_ratios=ffn_ratios),
         attention=gate[0],
-        kernel_size=kernel_sizes[0] if len(set(kernel_sizes)) == 1 else kernel_sizes,
-        in_channels=patches[0][1],
+        kernel_size=sizes[0] if len(set(sizes)) == 1 else sizes,
+        in_channels=shapes['patch_embed1.proj.weight'][1],
         **({} if usual else dict(patch_sizes=patch_sizes)),
+        **(dict(deploy=True) if 'block1.0.shortcut' in shapes else {}),
     )
 
 
-def _read_gate(shapes: Mapping[str, tuple], stage: int) -> tuple[str, int] | None:
-    """``attention`` and ``kernel_size`` of a stage, counted from 1."""
-    gate = f'block{stage}.0.attn.spatial_gating_unit.'
-    convs = {
-        name: shapes[f'{gate}{name}.weight'][-1]
-        for name in ('conv0', 'conv0h', 'conv_spatial', 'conv_spatial_h')
-        if f'{gate}{name}.weight' in shapes
-    }
-    if len(convs) not in (1, 2):
+def _read_gate(shapes: Mapping[str, tuple], blocks: str) -> tuple[str, int] | None:
+    """``attention`` and ``kernel_size`` of a stage."""
+    gate = f'{blocks}0.attn.spatial_gating_unit.'
+    names = ('conv0', 'conv0h', 'conv_spatial', 'conv_spatial_h')
+    sides = {name: shapes[f'{gate}{name}.weight'][-1] for name in names
+             if f'{gate}{name}.weight' in shapes}  # fmt: skip
+    if len(sides) not in (1, 2):
         return None
-    attention = 'LSKA' if 'conv0h' in convs else 'LKA'
-    local, *far = convs.values()
+    attention = 'LSKA' if 'conv0h' in sides else 'LKA'
+    local, *far = sides.values()
     if not far:
         return f'{attention}-trivial', local
     # The first pair is 2 * dilation - 1 long, see `lska_mm.models.lska`.
     return attention, local + (local + 1) // 2 * (far[0] - 1)
 
 
-def arch_name(arch: Mapping[str, Any]) -> str | None:
-    """Return the name of an arch in the zoo, also of its first stages alone."""
-    stages = len(arch['depths'])
-    for name, known in ARCHS.items():
-        if all(list(arch[key]) == values[:stages] for key, values in known.items()):
-            return name
-    return None
-
-
-def _signature(state_dict: Mapping[str, Any]) -> str | None:
-    """The call that builds the network of these tensors."""
+def signature(state_dict: Mapping[str, Any]) -> str | None:
+    """Return the call that builds the network of these tensors, but for its norms."""
     description = describe(state_dict)
     if description is None:
         return None
-    arch = arch_name(description['arch']) or description['arch']
-    rest = ', '.join(f'{k}={v!r}' for k, v in description.items() if k != 'arch')
-    return f'LSKAVAN(arch={arch!r}, {rest})'
+    arch, stages = description['arch'], len(description['arch']['depths'])
+    for name, known in ARCHS.items():  # or its first stages alone
+        if arch == {key: values[:stages] for key, values in known.items()}:
+            description['arch'] = name
+            break
+    return f'LSKAVAN({", ".join(f"{key}={value!r}" for key, value in description.items())})'
 
 
 def summarize(state_dict: Mapping[str, Any]) -> str:
     """Say in words what tensors are: of which backbone and other parts."""
     parts = {convert_key(key).split('.')[0] for key in state_dict}
-    named = [_signature(state_dict) or part if part == 'backbone' else part for part in parts]
+    named = [signature(state_dict) or part if part == 'backbone' else part for part in parts]
     return ', '.join(sorted(named)) or 'no tensors'
+
+
+def read_state(
+    state_dict: Mapping[str, Any], source: str = 'The file'
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors under this package's names, and what `describe` says of them.
+
+    Raises:
+        CheckpointError: If there is no LSKA-VAN among them.
+    """
+    state = convert_state_dict(state_dict, source)
+    description = describe(state)
+    if description is None:
+        names = ', '.join(list(state)[:3]) or 'none'
+        raise CheckpointError(
+            f'{source} holds no LSKA-VAN ({len(state)} tensors, first: {names}).'
+        )
+    return state, description
+
+
+def first_stages(state: Mapping[str, Any], stages: int) -> dict[str, Any]:
+    """Return the tensors of a VAN's first stages, without ``backbone.`` in front."""
+    matches = ((_VAN.fullmatch(key), value) for key, value in state.items())
+    return {match[1]: value for match, value in matches if match and int(match[2]) <= stages}
 
 
 # --- Into a model --------------------------------------------------------------
@@ -146,14 +169,13 @@ def adapt_state_dict(
 ) -> None:
     """Give the tensors of a backbone in ``state_dict`` its own names, in place.
 
-    What follows ``prefix`` may be in any layout. What is not the backbone's (a head, a neck,
-    stages that it did not build) is dropped. Modules that a subclass adds, in blocks too,
-    may be among the tensors or not.
+    What is not the backbone's (a head, a neck, stages that it did not build) is dropped.
+    Modules that a subclass adds, in blocks too, may be among the tensors or not.
 
     Args:
         backbone: An `LSKAVAN`.
         state_dict: Tensors, of other modules too.
-        prefix: What stands in front of the backbone's names.
+        prefix: What stands in front of the backbone's names, which may be in any layout.
         refuse: Whether to refuse what is not exactly the backbone's.
         file: What the tensors are from, for errors to begin with.
 
@@ -162,86 +184,60 @@ def adapt_state_dict(
             or a part of the tensors unused.
     """
     own = backbone.state_dict()
-    expected = {key: value for key, value in own.items() if _is_van(key)}
-    more = {key.partition('.')[0] for key in own.keys() - expected.keys()}
-    offered = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    converted = convert_state_dict({key[len(prefix) :]: v for key, v in offered.items()})
-    found = {key.removeprefix('backbone.'): v for key, v in converted.items() if _is_van(key)}
-    built = {
-        key: value
-        for key, value in found.items()
-        if int(re.findall(r'\d+', key)[0]) <= backbone.num_stages
-    }
-    problem = _compare(built, expected) if refuse else None
+    expected = first_stages(own, backbone.num_stages)
+    offered = {key[len(prefix) :]: state_dict.pop(key)
+               for key in list(state_dict) if key.startswith(prefix)}  # fmt: skip
+    found = first_stages(convert_state_dict(offered), backbone.num_stages)
+    problem = compare(found, expected) if refuse else None
     if problem:
         where = ', '.join(filter(None, (file, prefix.rstrip('.'))))
         raise CheckpointError(
             f'{where}{": " if where else ""}{_explain(found, expected, list(offered), problem)} '
             'Nothing was loaded.'
         )
+    added = {key.partition('.')[0] for key in own.keys() - expected.keys()}
     for key, value in offered.items():
-        name = re.sub(r'^(module\.)*(backbone\.)?', '', key[len(prefix) :])
-        if not _is_van(name) and name.partition('.')[0] in more:
+        name = re.sub(r'^(module\.)*(backbone\.)?', '', key)
+        if not _VAN.fullmatch(convert_key(name)) and name.partition('.')[0] in added:
             state_dict[prefix + name] = value
-    state_dict.update((prefix + key, value) for key, value in built.items())
+    state_dict.update((prefix + key, value) for key, value in found.items())
+
+
+def compare(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
+    """Say what keeps the tensors found from being those expected."""
+
+    def problems() -> Iterator[tuple[str, list[str]]]:
+        others = [key for key, value in found.items() if not isinstance(value, Tensor)]
+        yield 'are not of type Tensor', others
+        needed = (key for key in expected if PUBLISHED.fullmatch(key) and 'num_batches' not in key)
+        yield 'are missing', [key for key in needed if key not in found]
+        yield 'have no place', [key for key in found if key not in expected]
+        pairs = [(key, found[key], expected[key]) for key in expected if key in found]
+        yield 'differ in shape', [f'{key}, found {tuple(a.shape)}, expected {tuple(b.shape)}'
+                                  for key, a, b in pairs if a.shape != b.shape]  # fmt: skip
+        yield (
+            'hold NaN or infinity, as after a training that diverged',
+            [key for key, a, b in pairs if not a.to(b.dtype).isfinite().all()],
+        )
+
+    for problem, keys in problems():
+        if keys:
+            return f'{len(keys)} tensors {problem} (first: {keys[0]})'
+    return None
 
 
 def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str) -> str:
     """Say what tensors are, what the backbone is, and what to change."""
     weights, backbone = describe(found), describe(expected) or {}
+    ours = signature(expected)
     if weights is None:
         names = ', '.join(offered[:3]) or 'none'
         offer = f'No LSKA-VAN among the {len(offered)} tensors offered (first: {names})'
-        return f'{offer}, this backbone is {_signature(expected)}: {problem}.'
-    deployed = 'block1.0.shortcut' in found
-    if deployed != ('block1.0.shortcut' in expected):
-        return (
-            'The weights are deployed, with norms folded into convolutions, and this backbone is '
-            'not: set model.backbone.deploy=True.'
-            if deployed
-            else 'This backbone is deployed and the weights are not: load them before '
-            'switch_to_deploy(), or make deployed ones of them by reparameterize_model.py.'
-        )
-    differ = [key for key in weights.keys() | backbone.keys()
-              if weights.get(key) != backbone.get(key)]  # fmt: skip
+        return f'{offer}, this backbone is {ours}: {problem}.'
+    differ = {k for k in weights.keys() | backbone.keys() if weights.get(k) != backbone.get(k)}
     if not differ:
-        return f'The weights are of {_signature(found)}, as this backbone is, but {problem}.'
+        return f'The weights are of {ours}, as this backbone is, but {problem}.'
     advice = 'Change the backbone in the config, or the checkpoint'
-    if set(differ) <= {'kernel_size', 'attention', 'in_channels'}:
-        advice += ' (resize_weights.py and van2lska.py in tools/model_converters do)'
-    return (
-        f'The weights are of {_signature(found)}, this backbone is {_signature(expected)}: '
-        f'{problem}. {advice}.'
-    )
-
-
-def _is_van(key: str) -> bool:
-    return re.match(r'(backbone\.)?(patch_embed|blocks?|norm)\d+\.', key) is not None
-
-
-def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """Say what keeps the tensors found from being those expected."""
-    shared = [key for key in expected if key in found]
-    others = [key for key, value in found.items() if not isinstance(value, Tensor)]
-    if others:
-        return f'{len(others)} of them are not tensors (first: {others[0]})'
-    missing = [key for key in expected if key not in found and _PUBLISHED.fullmatch(key)
-               and not key.endswith('num_batches_tracked')]  # fmt: skip
-    if missing:
-        return f'{len(missing)} tensors are missing (first: {missing[0]})'
-    extra = [key for key in found if key not in expected]
-    if extra:
-        return f'{len(extra)} tensors have no place (first: {extra[0]})'
-    differ = [key for key in shared if found[key].shape != expected[key].shape]
-    if differ:
-        return (
-            f'{len(differ)} tensors differ in shape (first: {differ[0]}, found '
-            f'{tuple(found[differ[0]].shape)}, expected {tuple(expected[differ[0]].shape)})'
-        )
-    wrong = [key for key in shared if not found[key].to(expected[key].dtype).isfinite().all()]
-    if wrong:
-        return (
-            f'{len(wrong)} of {len(found)} tensors hold NaN or infinity (first: {wrong[0]}), as '
-            'after a training that diverged; take an earlier checkpoint'
-        )
-    return None
+    if differ <= {'kernel_size', 'attention', 'in_channels'} | ({'deploy'} - weights.keys()):
+        advice += ' (by a tool of tools/model_converters)'
+    return f'The weights are of {signature(found)}, this backbone is {ours}: {problem}. {advice}.'

@@ -65,19 +65,17 @@ def convert_state_dict(state_dict: Mapping[str, Any], source: str = '') -> dict[
             not text.
     """
     where = f'{source}: ' if source else ''
-    converted: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for key, value in state_dict.items():
+    names: dict[str, str] = {}  # new to old
+    for key in state_dict:
         if not isinstance(key, str):
             raise CheckpointError(f'{where}The name of a tensor is {key!r:.100}, not text.')
         name = convert_key(key)
-        if name in converted:
+        if name in names:
             raise CheckpointError(
-                f'{where}{sources[name]} and {key} are both {name}; the file mixes two layouts.'
+                f'{where}{names[name]} and {key} are both {name}; the file mixes two layouts.'
             )
-        converted[name] = value
-        sources[name] = key
-    return converted
+        names[name] = key
+    return {name: state_dict[key] for name, key in names.items()}
 
 
 def get_state_dict(checkpoint: Any) -> Mapping[str, Tensor]:
@@ -95,9 +93,7 @@ class _FileMetadata(OrderedDict):
     that is saved with it, it is an ordinary dictionary again.
     """
 
-    def __init__(self, known: Mapping[str, Any], file: str):
-        super().__init__(known)
-        self.file = file
+    file = ''
 
     def get(self, key, default=None):
         return {**super().get(key, {}), 'file': self.file}
@@ -111,7 +107,7 @@ def from_file(state_dict: Mapping[str, Any], file: str) -> dict[str, Any]:
 
     It then refuses tensors that would leave a part of it random, as MMEngine does not.
     """
-    result = OrderedDict(state_dict)
-    known = getattr(state_dict, '_metadata', {})
-    result._metadata = _FileMetadata(known, file)  # type: ignore[attr-defined]
+    result: Any = OrderedDict(state_dict)
+    result._metadata = _FileMetadata(getattr(state_dict, '_metadata', {}))
+    result._metadata.file = file
     return result

@@ -1,6 +1,5 @@
 """Weights of another kernel size or number of image channels, by a line in a config."""
 
-import re
 from typing import Any
 
 from mmengine.logging import print_log
@@ -9,12 +8,9 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
-from .channels import resize_channels
-from .match import describe
+from .match import describe, first_stages
 from .names import convert_state_dict, from_file, get_state_dict
-from .resize import resize_kernels, summarize_errors
-
-_STAGE = re.compile(r'backbone\.(?:patch_embed|block|norm)(\d+)\..+')
+from .resize import resize_channels, resize_kernels, summarize_errors
 
 
 @WEIGHT_INITIALIZERS.register_module()
@@ -60,20 +56,16 @@ class ResizedPretrained:
                 f'{type(module).__name__}.'
             )
         checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, 'cpu', logger='current')
-        state = {
-            key: value
-            for key, value in convert_state_dict(get_state_dict(checkpoint)).items()
-            if (stage := _STAGE.fullmatch(key)) and int(stage[1]) <= module.num_stages
-        }
+        state = first_stages(convert_state_dict(get_state_dict(checkpoint)), module.num_stages)
         found = describe(state)
-        wanted = {key: expected[key] for key in ('kernel_size', 'in_channels')}
-        if found and {**found, **wanted} == expected:
-            state = resize_channels(state, wanted['in_channels'])
-            state, errors = resize_kernels(state, wanted['kernel_size'], self.nearest)
+        size, channels = expected['kernel_size'], expected['in_channels']
+        if found and {**found, 'kernel_size': size, 'in_channels': channels} == expected:
+            state = resize_channels(state, channels)
+            state, errors = resize_kernels(state, size, self.nearest)
             print_log(
                 f'{self.checkpoint}: attention kernels of size {found["kernel_size"]} resized to '
-                f'{wanted["kernel_size"]}, {summarize_errors(errors)}; image channels '
-                f'{found["in_channels"]}, now {wanted["in_channels"]}',
+                f'{size}, {summarize_errors(errors)}; image channels {found["in_channels"]}, now '
+                f'{channels}',
                 logger='current',
             )
         load_state_dict(module, from_file(state, self.checkpoint), logger='current')

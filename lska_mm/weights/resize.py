@@ -1,104 +1,159 @@
-"""Another kernel size: the same function where it can be, or the nearest.
+"""Other attention kernels, or image channels, in the tensors of a network.
 
-Sizes with the same dilation have the same local part, so that zeros at both ends of
-the far part make of one size a larger one that is the same function.
+Each function takes the tensors of a backbone, or of a model that has one, in any layout, and
+returns them under this package's names. What it is not about stays as it is.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
+from ..models.archs import parse_kernel_size
 from ..models.lska import kernel_layout
-from .fit import fit_gate
-from .gate import Conv, center, dense_kernel, read_gate, read_state, size_of
+from .fit import factorize
+from .match import read_state
 from .names import CheckpointError
 
-_GATE = re.compile(r'(backbone\.block(\d+)\.\d+\.attn\.spatial_gating_unit\.)conv0h?\.weight')
+
+class Conv(NamedTuple):
+    """A depth-wise convolution of a gate."""
+
+    weight: Tensor  # (C, 1, height, width), both odd
+    bias: Tensor  # (C,)
+    dilation: int
+
+
+def _gates(state: Mapping[str, Any], found: Mapping) -> Iterator[tuple[int, str, dict[str, Conv]]]:
+    """Yield the stage, the name and the convolutions, in their order, of each gate."""
+    depths = found['arch']['depths']
+    for stage, size in enumerate(parse_kernel_size(found['kernel_size'], len(depths))):
+        layout = kernel_layout(found['attention'], size)
+        for block in range(depths[stage]):
+            gate = f'block{stage + 1}.{block}.attn.spatial_gating_unit'
+            keys = [f'backbone.{gate}.{name}.{k}' for name in layout for k in ('weight', 'bias')]
+            missing = [key for key in keys if key not in state]
+            if missing:
+                raise CheckpointError(f'{missing[0]} is missing.')
+            tensors = iter(state[key] for key in keys)
+            yield (
+                stage,
+                gate,
+                {
+                    name: Conv(next(tensors), next(tensors), dilation)
+                    for name, (_, dilation) in layout.items()
+                },
+            )
+
+
+def _center(x: Tensor, height: int, width: int) -> Tensor:
+    """Pad or crop (..., H, W), the same on opposite sides."""
+    rows, columns = (height - x.shape[-2]) // 2, (width - x.shape[-1]) // 2
+    return F.pad(x, [columns, columns, rows, rows])
+
+
+def _dense(convs: Sequence[Conv]) -> Tensor:
+    """The dense kernel that convolutions are together, (C, H, W)."""
+    kernel = convs[0].weight.double().transpose(0, 1)
+    for conv in convs[1:]:
+        kernel = F.conv_transpose2d(
+            kernel, conv.weight.double(), groups=len(conv.weight), dilation=conv.dilation
+        )
+    return kernel[0]
 
 
 @torch.no_grad()
 def resize_kernels(
     state_dict: Mapping[str, Any], kernel_size: int | Sequence[int], nearest: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Change the size of the attention kernels.
+    """Change the size of the attention kernels, to `LSKAVAN`'s ``kernel_size``.
 
-    The network stays the same function, at the borders too, where the gates of
-    that size can be it: larger ones of the same dilation (of 23, 35, 41, 53, 65;
-    or 7, 11), any larger ones of the trivial gates, and smaller ones if all that
-    is cut off is zero.
-
-    Args:
-        state_dict: Of a backbone, or a model that has one, in any layout.
-        kernel_size: Of `LSKAVAN`: one for all stages, or one value per stage.
-        nearest: Where a gate of that size cannot be the same, take the one whose
-            dense kernels differ least from the old ones in the sum of squares.
-            The response to a map of zeros, which the biases make, is kept except
-            near the border.
+    The network stays the same function, at the borders too, where the gates of that size can
+    be it: larger ones of the same dilation (of 23, 35, 41, 53, 65; or 7, 11), whose far part
+    gets zeros at both ends; any larger ones of the trivial gates; and smaller ones if all
+    that is cut off is zero. Others are refused or, with ``nearest``, become those whose dense
+    kernels differ least from the old ones in the sum of squares; the response to a map of
+    zeros, which the biases make, is kept except near the border.
 
     Returns:
-        The tensors, under this package's names, and for each gate that had to be
-        fitted, by name, the error of each channel (C,): the Frobenius norm of the
-        difference of the dense kernels, relative to the old.
+        The tensors, and for each gate that had to be fitted, by name, the error of each
+        channel (C,): the norm of the difference of the dense kernels, relative to the old.
 
     Raises:
-        CheckpointError: If these are not the tensors of an LSKA-VAN; if the
-            function would change and ``nearest`` is False; if 2-D kernels with
-            dilation (``attention='LKA'``) would have to be fitted.
+        CheckpointError: If these are not the tensors of an LSKA-VAN; if the function would
+            change without ``nearest``; if dilated 2-D kernels would have to be fitted.
         ValueError: If the size is invalid; names the nearest valid ones.
     """
-    state, description = read_state(state_dict)
-    attention, stages = description['attention'], len(description['arch']['depths'])
-    sizes = [kernel_size] * stages if isinstance(kernel_size, int) else list(kernel_size)
-    if len(sizes) != stages:
-        raise ValueError(f'kernel_size={sizes}: one for all {stages} stages, or one per stage.')
-    layouts = [kernel_layout(attention, size) for size in sizes]
+    state, found = read_state(state_dict)
+    sizes = parse_kernel_size(kernel_size, len(found['arch']['depths']))
+    layouts = [kernel_layout(found['attention'], size) for size in sizes]
     errors = {}
-    for match in filter(None, map(_GATE.fullmatch, list(state))):
-        prefix, layout = match[1], layouts[int(match[2]) - 1]
-        gate = prefix.removeprefix('backbone.').rstrip('.')
-        old = read_gate(state, prefix, layout)
-        new = [conv.centered(*shape) for conv, shape in zip(old, layout.values())]
-        reason = _why_different(old, new)
-        if reason:
-            if not nearest:
-                raise CheckpointError(
-                    f'{gate}: {reason}, so that it cannot be the same function. '
-                    'nearest=True (--nearest) takes the nearest kernels instead.'
-                )
-            new = fit_gate(old, new, attention)
-            errors[gate] = _difference(old, new)
-        for name, conv in zip(layout, new):
-            state[f'{prefix}{name}.weight'], state[f'{prefix}{name}.bias'] = conv[:2]
+    for stage, gate, convs in _gates(state, found):
+        old = list(convs.values())
+        new = [Conv(_center(conv.weight, *shape), conv.bias, dilation)
+               for conv, (shape, dilation) in zip(old, layouts[stage].values())]  # fmt: skip
+        lost = sum(_outside(a, b) for a, b in zip(old, new))
+        if lost and not nearest:
+            raise CheckpointError(
+                f'{gate}: {lost} taps that are not zero, {old[-1].dilation} pixels apart, have no '
+                f'place in kernel size {sizes[stage]}, whose taps lie {new[-1].dilation} apart; '
+                'it cannot be the same function. nearest=True (--nearest) takes the nearest '
+                'kernels instead.'
+            )
+        if lost:
+            new = _fit(old, new, found['attention'])
+            before, after = _dense(old), _dense(new)
+            side = max(*before.shape, *after.shape)
+            before, after = (_center(x, side, side).flatten(1) for x in (before, after))
+            errors[gate] = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-300)
+        for name, conv in zip(convs, new):
+            state[f'backbone.{gate}.{name}.weight'] = conv.weight
+            state[f'backbone.{gate}.{name}.bias'] = conv.bias
     return state, errors
 
 
-def _why_different(old: list[Conv], new: list[Conv]) -> str | None:
-    """What keeps kernels that were padded or cropped from being the same, in words."""
-    size, new_size = size_of(old), size_of(new)
-    pairs = list(zip(old, new))
-    if any(a.dilation != b.dilation and _outside(a.weight, (1, 1)) for a, b in pairs):
-        return (
-            f'the taps of kernel size {size} lie {old[-1].dilation} pixels apart, those of '
-            f'{new_size} {new[-1].dilation} apart'
+def _outside(old: Conv, new: Conv) -> int:
+    """How many taps that are not zero have no place in the new kernel."""
+    height, width = new.weight.shape[-2:] if old.dilation == new.dilation else (1, 1)
+    inside = _center(_center(old.weight, height, width), *old.weight.shape[-2:])
+    return int((old.weight != inside).sum())
+
+
+def _fit(old: list[Conv], new: list[Conv], attention: str) -> list[Conv]:
+    """The gate nearest to ``old``, of the shapes of ``new``, which is ``old`` cropped."""
+    if attention == 'LKA':
+        raise CheckpointError(
+            'Dilated 2-D kernels (attention LKA) have no nearest fit here; make them 1-D first, '
+            'with convert_checkpoint.py --separate.'
         )
-    cut = sum(_outside(a.weight, b.weight.shape[-2:]) for a, b in pairs)
-    return f'{cut} taps of kernel size {size} that {new_size} lacks are not zero' if cut else None
+    new = list(new)  # the nearest for kernels in one step
+    # For separable kernels, the nearest of each axis are the nearest of both.
+    for axis in (0, 1) if attention == 'LSKA' else ():
+        local, far = new[axis], new[axis + 2]
+        m, n = (conv.weight[0].numel() for conv in (local, far))
+        side = m + far.dilation * (n - 1)
+        target = _center(_dense(old[axis::2]).flatten(1)[:, None], 1, side)[:, 0]
+        left, right = factorize(target, m, n, far.dilation)
+        # The scale is shared between the two as before, for the sake of the bias between
+        # them: the local part keeps its norm and the sign of its sum.
+        before = old[axis].weight.double().flatten(1)
+        sign = left.sum(1, keepdim=True) * before.sum(1, keepdim=True)
+        scale = before.norm(dim=1, keepdim=True).clamp_min(1e-30).copysign(sign)
+        for i, values in ((axis, left * scale), (axis + 2, right / scale)):
+            weight = new[i].weight
+            new[i] = new[i]._replace(weight=values.reshape(weight.shape).to(weight))
+    bias = new[-1].bias + _response_to_zeros(old) - _response_to_zeros(new)
+    return [*new[:-1], new[-1]._replace(bias=bias.to(new[-1].bias))]
 
 
-def _outside(weight: Tensor, shape: Sequence[int]) -> int:
-    """How many taps that are not zero cropping to ``shape`` would cut off."""
-    return int((weight != center(center(weight, shape), weight.shape[-2:])).sum())
-
-
-def _difference(old: list[Conv], new: list[Conv]) -> Tensor:
-    """The relative error of each channel's dense kernel, (C,)."""
-    kernels = [dense_kernel(old), dense_kernel(new)]
-    side = max(kernel.shape[-1] for kernel in kernels)
-    before, after = (center(kernel[0], (side, side)).flatten(1) for kernel in kernels)
-    return (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-300)
+def _response_to_zeros(convs: list[Conv]) -> Tensor:
+    """What a map of zeros becomes far from the border, (C,)."""
+    response = torch.zeros_like(convs[0].bias, dtype=torch.float64)
+    for conv in convs:
+        response = response * conv.weight.double().sum((1, 2, 3)) + conv.bias.double()
+    return response
 
 
 def summarize_errors(errors: Mapping[str, Tensor]) -> str:
@@ -110,3 +165,77 @@ def summarize_errors(errors: Mapping[str, Tensor]) -> str:
         f'not the same function: dense kernels differ by up to {values.max():.3g}, on average '
         f'{values.mean():.3g} of their norm'
     )
+
+
+@torch.no_grad()
+def separate_kernels(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Make LSKA's 1-D kernels of LKA's 2-D ones, as VAN (arXiv:2202.09741) has them.
+
+    Each kernel becomes the nearest product of a column and a row: its first
+    singular vectors, each with the root of the singular value, the largest tap
+    of the row positive. The bias stays with the column, which comes second.
+
+    Returns:
+        The tensors for ``attention='LSKA'`` or ``'LSKA-trivial'``, and for each 2-D
+        convolution, by name, the share of its energy (sum of squares) that is kept.
+
+    Raises:
+        CheckpointError: If these are not the tensors of a network with 2-D kernels.
+    """
+    state, found = read_state(state_dict)
+    if not found['attention'].startswith('LKA'):
+        raise CheckpointError(
+            f'The kernels are 1-D already (attention {found["attention"]}, kernel size '
+            f'{found["kernel_size"]}); only 2-D ones (LKA, as of VAN) can be separated.'
+        )
+    shares = {}
+    for _, gate, convs in _gates(dict(state), found):
+        for name, (weight, bias, _) in convs.items():
+            key = f'backbone.{gate}.{name}'
+            row, column = (f'{key}_{axis}'.replace('conv0_', 'conv0') for axis in 'hv')
+            rows, columns, shares[f'{gate}.{name}'] = _separate(weight)
+            del state[f'{key}.weight'], state[f'{key}.bias']
+            state |= {f'{row}.weight': rows, f'{row}.bias': torch.zeros_like(bias),
+                      f'{column}.weight': columns, f'{column}.bias': bias}  # fmt: skip
+    return state, shares
+
+
+def _separate(weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Rows (C, 1, 1, n), columns (C, 1, n, 1), and the energy of their products."""
+    u, s, vh = torch.linalg.svd(weight[:, 0].double())
+    rows, columns = vh[:, 0], u[:, :, 0]
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    scale = s[:, :1].sqrt().copysign(largest)
+    energy = s.square().sum(0)
+    share = float(energy[0] / energy.sum()) if energy.any() else 1.0
+    rows, columns = (rows * scale)[:, None, None], (columns * scale)[:, None, :, None]
+    return rows.to(weight), columns.to(weight), share
+
+
+@torch.no_grad()
+def resize_channels(state_dict: Mapping[str, Any], in_channels: int) -> dict[str, Any]:
+    """Change the number of image channels, of which the weights take 1 or 3.
+
+    For one channel they are summed, so that a gray image gives what it gave as three equal
+    channels. For others they are repeated in turn and rescaled by the ratio of the numbers,
+    as timm does: equal channels give the same where one number is a multiple of the other.
+
+    Raises:
+        CheckpointError: If these are not the tensors of an LSKA-VAN for 1 or 3 channels.
+        ValueError: If ``in_channels`` is less than 1.
+    """
+    state, description = read_state(state_dict)
+    found, key = description['in_channels'], 'backbone.patch_embed1.proj.weight'
+    if in_channels < 1:
+        raise ValueError(f'in_channels={in_channels} is less than 1.')
+    if found not in (1, 3, in_channels):
+        raise CheckpointError(
+            f'The weights are for images of {found} channels; only those for 1 or 3 can be '
+            f'resized, to in_channels={in_channels} or any other number.'
+        )
+    if in_channels == 1:
+        state[key] = state[key].sum(1, keepdim=True)  # (C, found, height, width)
+    elif in_channels != found:
+        turns = torch.arange(in_channels) % found
+        state[key] = state[key][:, turns] * (found / in_channels)
+    return state

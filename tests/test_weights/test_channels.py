@@ -4,12 +4,12 @@ import pytest
 import torch
 from timm.models._manipulate import adapt_input_conv
 
-from conftest import ROOT, published_state, small, trained, written_file
-from lska_mm.weights.channels import resize_channels
+from conftest import published_state, small, trained, written_file
 from lska_mm.weights.names import CheckpointError, convert_state_dict
+from lska_mm.weights.resize import resize_channels
 
 KEY = 'backbone.patch_embed1.proj.weight'
-RESIZE = 'tools/model_converters/resize_weights.py'
+CONVERT = 'tools/model_converters/convert_checkpoint.py'
 
 
 @pytest.mark.parametrize('in_channels', [1, 2, 3, 4, 5, 6, 9, 13])
@@ -41,20 +41,11 @@ def test_refused():
 
 
 def test_tool(run, published_file, tmp_path):
-    tool, target = ('python', RESIZE, published_file), tmp_path / 'k53.pth'
-    printed = run(*tool, target, '--in-channels', 4, '--kernel-size', 53)
-    assert 'kernel size 53: images of 4 channels, the same function' in printed
+    command = ('python', CONVERT, published_file, tmp_path / 'k53.pth')
+    printed = run(*command, '--in-channels', 4, '--kernel-size', 53)
+    assert "now LSKAVAN(arch='tiny', attention='LSKA', kernel_size=53, in_channels=4)" in printed
     state = torch.load(written_file(printed), weights_only=True)['state_dict']
     assert state[KEY].shape == (32, 4, 7, 7)
-    printed = run(*tool, target, '--in-channels', 0, code=1)
-    assert printed.splitlines()[-1] == 'resize_weights.py: in_channels=0 is less than 1.'
-    assert 'give --kernel-size, --in-channels, or both' in run(*tool, target, code=2)
-
-
-def test_the_old_name_still_works(run):
-    printed = run('python', ROOT / 'tools/model_converters/resize_kernel.py', '--help')
-    assert printed.startswith('resize_kernel.py is called resize_weights.py now')
-    assert '--in-channels' in printed
 
 
 def test_the_demo_with_four_bands_trains(run, published_file, tmp_path):

@@ -18,13 +18,12 @@ from conftest import (
 )
 from lska_mm import LSKAVAN
 from lska_mm.models.lska import ATTENTIONS
-from lska_mm.weights.convert import whole
 from lska_mm.weights.match import describe
 from lska_mm.weights.names import CheckpointError, convert_state_dict
 from lska_mm.weights.resize import resize_kernels
 
 PAIRS = [*combinations((23, 35, 41, 53, 65), 2), (7, 11)]
-RESIZE = 'tools/model_converters/resize_weights.py'
+CONVERT = 'tools/model_converters/convert_checkpoint.py'
 
 
 @pytest.mark.parametrize(
@@ -87,18 +86,6 @@ def test_published_layout_and_parts_of_a_model():
     assert largest_difference(backbone, grown, [(61, 83)]) <= 1e-12
 
 
-def test_what_converters_write_may_be_for_inference():
-    backbone = trained(kernel_size=23)
-    backbone.switch_to_deploy()
-    state, _ = resize_kernels(backbone.state_dict(), 35)
-    assert whole(state) == 'arch {arch}, attention LSKA, kernel size 35'.format(
-        arch=describe(state)['arch']
-    )
-    del state['backbone.norm2.bias']
-    with pytest.raises(CheckpointError, match=r'missing \(first: norm2.bias\)'):
-        whole(state)
-
-
 def test_a_size_a_stage():
     state, _ = resize_kernels(trained(kernel_size=23).state_dict(), [53, 35])
     gate = 'backbone.block{}.0.attn.spatial_gating_unit.conv_spatial_h.weight'
@@ -111,14 +98,14 @@ def test_a_size_a_stage():
 @pytest.mark.parametrize(
     ('attention', 'k', 'other', 'nearest', 'match'),
     [
-        ('LSKA', 11, 23, False, rf'{GATE}: the taps of kernel size 11 lie 2 pixels apart, those '
-         r'of 23 3 apart, so that it cannot be the same function. nearest=True \(--nearest\)'),
-        ('LKA', 23, 11, False, 'lie 3 pixels apart, those of 11 2 apart'),
-        ('LSKA', 53, 23, False, '160 taps of kernel size 53 that 23 lacks are not zero'),
-        ('LKA-trivial', 11, 7, False, '576 taps of kernel size 11 that 7 lacks are not zero'),
-        ('LKA', 53, 23, True, r'2-D kernels \(attention LKA\) have no nearest fit.*van2lska'),
+        ('LSKA', 11, 23, False, rf'{GATE}: 64 taps that are not zero, 2 pixels apart, have no '
+         r'place in kernel size 23, whose taps lie 3 apart; .* nearest=True \(--nearest\)'),
+        ('LKA', 23, 11, False, '3 pixels apart, have no place in kernel size 11, .* 2 apart'),
+        ('LSKA', 53, 23, False, '160 taps that are not zero, .* have no place in kernel size 23'),
+        ('LKA-trivial', 11, 7, False, '576 taps that are not zero, 1 pixels apart'),
+        ('LKA', 53, 23, True, r'2-D kernels \(attention LKA\) have no nearest fit.*--separate'),
         ('LSKA', 23, 24, False, r'kernel_size=24 cannot be split.*: 23 and 29'),
-        ('LSKA', 23, [35, 35, 53], False, r'kernel_size=\[35, 35, 53\]: one for all 2 stages'),
+        ('LSKA', 23, [35, 35, 53], False, 'has 3 values, the arch has 2 stages'),
     ],
 )  # fmt: skip
 def test_refusals(attention, k, other, nearest, match):
@@ -145,9 +132,9 @@ def test_a_missing_tensor_is_named():
 
 def test_resize_tool(run, published_file, tmp_path):
     out = tmp_path / 'new/tiny_k53.pth'
-    printed = run('python', RESIZE, published_file, out, '--kernel-size', 53)
-    assert 'found arch tiny, attention LSKA, kernel size 23, ' in printed
-    assert 'arch tiny, attention LSKA, kernel size 53: the same function' in printed
+    printed = run('python', CONVERT, published_file, out, '--kernel-size', 53)
+    assert "found LSKAVAN(arch='tiny', attention='LSKA', kernel_size=23, in_channels=3)" in printed
+    assert 'other kernels: the same function' in printed
     assert 'left out, as it belongs to the old weights: args, epoch' in printed
     path = written_file(printed)
     assert re.fullmatch(r'tiny_k53-[0-9a-f]{8}\.pth', path.name)
@@ -164,7 +151,7 @@ def test_resize_tool_fits_and_keeps_meta(run, tmp_path):
     source = trained(kernel_size=11)
     meta = dict(dataset_meta=dict(classes=('a', 'b')), cfg='x = 1')
     torch.save(dict(meta=meta, state_dict=source.state_dict(), optimizer={}), tmp_path / 'in.pth')
-    command = ('python', RESIZE, tmp_path / 'in.pth', tmp_path / 'out.pth', '--kernel-size')
+    command = ('python', CONVERT, tmp_path / 'in.pth', tmp_path / 'out.pth', '--kernel-size')
     printed = run(*command, 23, '--nearest')
     _, errors = resize_kernels(source.state_dict(), 23, nearest=True)
     error = errors[GATE]
@@ -177,5 +164,5 @@ def test_resize_tool_fits_and_keeps_meta(run, tmp_path):
 
     written_file(printed).unlink()
     refused = run(*command, 24, code=1)
-    assert refused.splitlines()[-1].startswith('resize_weights.py: kernel_size=24 cannot be split')
+    assert refused.splitlines()[-1].startswith('convert_checkpoint.py: kernel_size=24 cannot be')
     assert [path.name for path in tmp_path.iterdir()] == ['in.pth']

@@ -8,16 +8,16 @@ import shutil
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.runner import CheckpointLoader, load_checkpoint
 
-from conftest import ROOT, build_model, small
+from conftest import ROOT, small
 from lska_mm import LSKAVAN, load_from_local
 from lska_mm.cli import load_model
-from lska_mm.weights.convert import read
+from lska_mm.weights.convert import convert
 from lska_mm.weights.names import CheckpointError
 from pickles import Bomb
 
@@ -44,7 +44,7 @@ REFUSED = r'bomb\.pth was refused: it holds posix\.mkdir, and loading that could
 
 LOADERS = {
     'load_from_local': load_from_local,
-    'read': read,
+    'convert': lambda path: convert(path, Path('out/new.pth'), lambda state, meta: (state, [])),
     'load_from': lambda path: load_checkpoint(LSKAVAN(), path),
     'load_model': lambda path: load_model(str(SEGMENTOR), path),
     'Pretrained': lambda path: LSKAVAN(
@@ -148,12 +148,8 @@ TOOLS = {
         [SEGMENTOR, *data_options(path), f'load_from={path}'],
     ],
     'test.py': lambda path: [[SEGMENTOR, path, *data_options(path)]],
-    'convert_checkpoint.py': lambda path: [[path, 'out/new.pth']],
-    'model_converters/reparameterize_model.py': lambda path: [[SEGMENTOR, path, 'out/new.pth']],
-    'model_converters/resize_weights.py': lambda path: [
-        [path, 'out/new.pth', '--kernel-size', '53']
-    ],
-    'model_converters/van2lska.py': lambda path: [[path, 'out/new.pth']],
+    'model_converters/convert_checkpoint.py': lambda path: [[path, 'out/new.pth']],
+    'model_converters/reparameterize_model.py': lambda path: [[path, 'out/new.pth']],
     'deployment/export_onnx.py': lambda path: [[SEGMENTOR, path, 'out/new.onnx']],
     'visualization/attention.py': lambda path: [
         [SEGMENTOR, path, ROOT / 'demo/nuclei/image.png', '--out', 'out/new.png']
@@ -220,19 +216,12 @@ BAD = {
 }
 
 
-def good_state(tool):
-    """Weights that the tool would take."""
-    if 'reparameterize' in tool:
-        return build_model(Config.fromfile(SEGMENTOR)).state_dict()
-    return LSKAVAN(attention='LKA' if 'van2lska' in tool else 'LSKA').state_dict()
-
-
 @pytest.mark.parametrize('message', BAD)
 def test_converters_leave_nothing_behind(tmp_path, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'bad.pth'
     for tool in CONVERTERS:
-        BAD[message](good_state(tool), path)
+        BAD[message](small().state_dict(), path)
         [arguments] = TOOLS[tool](path)
         with pytest.raises(SystemExit) as error:
             start(tool, arguments, monkeypatch)

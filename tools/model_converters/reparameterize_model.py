@@ -1,49 +1,89 @@
 """Fold norms and layer scales of a trained LSKA-VAN into its convolutions.
 
-    python tools/model_converters/reparameterize_model.py CONFIG CHECKPOINT DST.pth
+    python tools/model_converters/reparameterize_model.py SRC DST.pth
 
-DST gets a hash in its name. It is for inference, gives the same outputs but for
-rounding, and loads with the same config and model.backbone.deploy=True.
+SRC is a checkpoint of a backbone or a whole model; DST gets a hash in its name. It is for
+inference, gives the same outputs but for rounding, and loads with the same config and
+model.backbone.deploy=True. The norms must be BatchNorm with statistics; those at the end of
+the stages may be any, and stay. Their eps is not among the tensors: it is that of
+model.backbone.norm_cfg in the config that MMEngine stores beside them, else PyTorch's 1e-5;
+--norm-eps sets another.
 """
 
+import ast
+import re
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 
-from lska_mm.cli import add_cfg_options, load_model, make_parser, pth, report_errors
-from lska_mm.weights.convert import save_with_hash
+from mmengine.registry import MODELS
+
+from lska_mm.cli import converter_parser, report_errors
+from lska_mm.weights.convert import State, convert
+from lska_mm.weights.match import describe
 from lska_mm.weights.names import CheckpointError
 
 
-def reparameterize(config: str, checkpoint: str, dst: Path, options: dict) -> Path:
-    """Deploy the backbone of any of the toolboxes' models; return the file written.
+def stored_eps(meta: Mapping) -> float | None:
+    """Read the norms' eps in the text of a config, without running it."""
+    try:
+        tree: ast.AST = ast.parse(meta.get('cfg') or '')
+    except (SyntaxError, TypeError, ValueError):  # another kind of config
+        return None
+    for name in ('backbone', 'norm_cfg', 'eps'):
+        found = [node.value for node in ast.walk(tree)
+                 if isinstance(node, ast.keyword) and node.arg == name]  # fmt: skip
+        if not found:
+            return None
+        tree = found[0]
+    return ast.literal_eval(tree)
+
+
+def fold(state: State, eps: float) -> State:
+    """Fold what `LSKAVAN.switch_to_deploy` folds; other tensors stay.
 
     Raises:
-        CheckpointError: If the checkpoint is not of the config's model, or deployed already.
-        TypeError: If there is no LSKAVAN, or it has other norms than BatchNorm.
+        CheckpointError: If it is folded, or has other norms than BatchNorm with statistics.
     """
-    _, model = load_model(config, checkpoint, options)
-    backbone = getattr(model, 'backbone', None)
-    if not hasattr(backbone, 'switch_to_deploy'):
-        raise TypeError(
-            f'{type(model).__name__} has no LSKAVAN in model.backbone to deploy, but '
-            f'{type(backbone).__name__}.'
+    if 'backbone.block1.0.shortcut' in state:
+        raise CheckpointError('The checkpoint is deployed already.')
+    for norm in ('patch_embed1.norm', 'block1.0.norm1'):
+        names = [key.rpartition('.')[2] for key in state if key.startswith(f'backbone.{norm}.')]
+        if not {'running_mean', 'running_var'} <= set(names):
+            raise CheckpointError(
+                f'{norm} cannot be folded: its tensors are {", ".join(names) or "none"}, and only '
+                'BatchNorm with statistics of its own can be part of a convolution.'
+            )
+    backbone = MODELS.build(
+        dict(
+            type='LSKAVAN',
+            **(describe(state) or {}),
+            out_indices=[-1],
+            norm_cfg=dict(type='BN', eps=eps, affine='weight' in names),
+            stage_norm_cfg=dict(type='IN'),  # has no tensors
         )
-    if getattr(backbone, 'deployed', False):
-        raise CheckpointError(f'{checkpoint} is deployed already.')
+    ).double()
+    stages = {key: v for key, v in state.items()
+              if re.match(r'backbone\.(patch_embed|block)\d', key)}  # fmt: skip
+    backbone.load_state_dict(stages)
     backbone.switch_to_deploy()
-    return save_with_hash(dict(state_dict=model.state_dict()), dst, checkpoint)
+    dtype = state['backbone.patch_embed1.proj.weight'].dtype
+    folded = {f'backbone.{key}': v.to(dtype) for key, v in backbone.state_dict().items()}
+    return {key: v for key, v in state.items() if key not in stages} | folded
 
 
-@report_errors(CheckpointError, OSError, TypeError)
+@report_errors(CheckpointError, OSError)
 def main() -> None:
-    parser = make_parser('Make a checkpoint for inference')
-    parser.add_argument('config', help='config of the model')
-    parser.add_argument('checkpoint', help='its checkpoint')
-    parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
-    add_cfg_options(parser)
+    parser = converter_parser('Make a checkpoint for inference')
+    parser.add_argument('--norm-eps', type=float, help="of the norms; by default that of the "
+                        "config in the checkpoint, else PyTorch's")  # fmt: skip
     args = parser.parse_args()
-    written = reparameterize(args.config, args.checkpoint, args.dst, args.cfg_options)
-    print(f'it loads with model.backbone.deploy=True\nwritten to {written}')
+
+    def transform(state: State, meta: Mapping) -> tuple[State, list[str]]:
+        eps = next(e for e in (args.norm_eps, stored_eps(meta), 1e-5) if e is not None)
+        told = f'folded norms of eps {eps:g}; it loads with model.backbone.deploy=True'
+        return fold(state, eps), [told]
+
+    convert(args.src, args.dst, transform)
 
 
 if __name__ == '__main__':

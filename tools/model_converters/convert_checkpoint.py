@@ -1,0 +1,75 @@
+"""Rewrite a checkpoint of any published layout, with other kernels or image channels.
+
+    python tools/model_converters/convert_checkpoint.py SRC DST.pth
+    python tools/model_converters/convert_checkpoint.py SRC DST.pth --kernel-size 53 [--nearest]
+    python tools/model_converters/convert_checkpoint.py SRC DST.pth --in-channels 4
+    python tools/model_converters/convert_checkpoint.py SRC DST.pth --separate
+
+SRC is a checkpoint of a backbone or a whole model; DST gets a hash in its name, as
+OpenMMLab's files have: DST-1a2b3c4d.pth. What is not asked for stays as it is, norms of
+every kind too. Without options, the tensors only get the names of this package's
+classifiers, and SRC's optimizer and the like are left out; the configs load SRC as it is.
+
+With other kernels the network stays the same function: without --nearest, a size for
+which that is impossible is refused. Several sizes are one per stage. Of weights for 3
+channels, those for 1 are the sum; for others they are repeated in turn and rescaled.
+
+--separate is for VAN (arXiv:2202.09741) by its authors, by mmpretrain, or
+LSKAVAN(attention='LKA'): every 2-D kernel becomes the nearest product of a column and a
+row. What that keeps of the energy (sum of squares) is printed. DST loads with
+attention='LSKA'; it is another function then, and a start for training.
+"""
+
+import statistics
+import sys
+from collections.abc import Mapping
+
+from lska_mm.cli import converter_parser, report_errors
+from lska_mm.weights.convert import State, convert
+from lska_mm.weights.names import CheckpointError
+from lska_mm.weights.resize import (
+    resize_channels,
+    resize_kernels,
+    separate_kernels,
+    summarize_errors,
+)
+
+
+@report_errors(CheckpointError, OSError, ValueError)
+def main() -> None:
+    parser = converter_parser('Rewrite a checkpoint, with other kernels or image channels')
+    parser.add_argument('--kernel-size', type=int, nargs='+', help='new size, or one per stage')
+    parser.add_argument(
+        '--nearest', action='store_true', help='fit what cannot stay the same function'
+    )
+    parser.add_argument('--in-channels', type=int, help='new number of channels of an image')
+    parser.add_argument('--separate', action='store_true',
+                        help="make 2-D kernels 1-D, attention='LKA' to 'LSKA'")  # fmt: skip
+    args = parser.parse_args()
+
+    def transform(state: State, meta: Mapping) -> tuple[State, list[str]]:
+        lines = []
+        if args.separate:
+            state, shares = separate_kernels(state)
+            lines += [f'{name}: {share:.1%} of the energy kept' for name, share in shares.items()]
+            lines.append(
+                f'{min(shares.values()):.1%} of the energy kept at least, '
+                f'{statistics.mean(shares.values()):.1%} on average over {len(shares)} layers'
+            )
+        if args.in_channels is not None:
+            state = resize_channels(state, args.in_channels)
+        if args.kernel_size is not None:
+            sizes = args.kernel_size if len(args.kernel_size) > 1 else args.kernel_size[0]
+            state, errors = resize_kernels(state, sizes, args.nearest)
+            lines += [
+                f'{gate}: relative error {error.max():.3g} at most, {error.mean():.3g} on average'
+                for gate, error in errors.items()
+            ]
+            lines.append(f'other kernels: {summarize_errors(errors)}')
+        return state, lines
+
+    convert(args.src, args.dst, transform)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
