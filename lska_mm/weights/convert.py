@@ -23,15 +23,11 @@ State = dict[str, Any]
 def convert(
     source: str, target: Path, transform: Callable[[State, Mapping], tuple[State, list[str]]]
 ) -> None:
-    """Read a checkpoint, change its tensors, and write another; say what was done.
+    """Read a checkpoint, change its tensors, and write another; print what was done.
 
-    Of what else the file holds, ``meta`` stays, without the text of the config.
-
-    Args:
-        source: The checkpoint, in any layout, of a backbone or a model that has one.
-        target: The file to write, NAME.pth as NAME-1a2b3c4d.pth.
-        transform: From tensors under this package's names, and ``meta``, to other tensors,
-            and lines to print.
+    ``transform`` makes of tensors under this package's names, and of ``meta``, others, and
+    lines to print. Of what else the file holds, ``meta`` stays, without the config's text.
+    The file ``target`` gets a hash in its name: NAME.pth becomes NAME-1a2b3c4d.pth.
 
     Raises:
         CheckpointError: If there is no LSKA-VAN in the file, or not a whole one.

@@ -25,16 +25,12 @@ PUBLISHED = re.compile(
 
 
 def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the network off the names and shapes of its tensors.
-
-    Args:
-        state_dict: In any of the layouts.
+    """Read the network off the names, in any layout, and shapes of its tensors.
 
     Returns:
-        ``arch`` (embed_dims, depths and ffn_ratios), ``attention``, ``kernel_size`` (a
-        list only where the stages differ), ``in_channels`` and, where unusual,
-        ``patch_sizes`` and ``deploy`` of `LSKAVAN`, which build a network of these shapes;
-        None if these are not the tensors of one.
+        ``arch`` (a dict), ``attention``, ``kernel_size`` (a list only where the stages
+        differ), ``in_channels`` and, where unusual, ``patch_sizes`` and ``deploy`` of
+        `LSKAVAN`, which build a network of these shapes; None if there is none.
     """
     shapes = {
         convert_key(key).removeprefix('backbone.'): tuple(value.shape)
@@ -48,7 +44,7 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     while patch := shapes.get(f'patch_embed{len(stages) + 1}.proj.weight'):
         block, width = f'block{len(stages) + 1}.', patch[0]
         depth = len({key.split('.')[1] for key in shapes if key.startswith(block)})
-        hidden = shapes.get(f'{block}0.mlp.fc1.weight', (0,))[0]
+        hidden = shapes.get(f'{block}0.mlp.fc1.weight', patch)[0]
         ratio = hidden / width
         if int(width * ratio) < hidden:  # which the network makes of it
             ratio = math.nextafter(ratio, math.inf)
@@ -138,16 +134,13 @@ def unwrap(model: Any) -> Any:
 
 
 def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
-    """Load tensors into a model, none of which may stay random.
+    """Load tensors into a model, bare or wrapped, of which nothing may stay random.
 
-    Args:
-        model: Bare or wrapped.
-        state_dict: Tensors under the model's names; others are ignored.
-        source: The file that they are from.
+    Tensors under other names than the model's are ignored.
 
     Raises:
-        CheckpointError: If tensors are missing or have other shapes; says what
-            the file holds.
+        CheckpointError: If tensors are missing or have other shapes; says what the
+            file ``source`` holds.
     """
     model = unwrap(model)
     tensors = {re.sub(r'^(module\.)+', '', str(key)): v for key, v in state_dict.items()}
@@ -169,19 +162,13 @@ def adapt_state_dict(
 ) -> None:
     """Give the tensors of a backbone in ``state_dict`` its own names, in place.
 
-    What is not the backbone's (a head, a neck, stages that it did not build) is dropped.
-    Modules that a subclass adds, in blocks too, may be among the tensors or not.
-
-    Args:
-        backbone: An `LSKAVAN`.
-        state_dict: Tensors, of other modules too.
-        prefix: What stands in front of the backbone's names, which may be in any layout.
-        refuse: Whether to refuse what is not exactly the backbone's.
-        file: What the tensors are from, for errors to begin with.
+    Those behind ``prefix``, in any layout, are the backbone's; what it did not build (a head,
+    a neck, later stages) is dropped. Modules that a subclass adds, in blocks too, may be
+    among the tensors or not.
 
     Raises:
-        CheckpointError: If it is refused: a part of the backbone would be left random,
-            or a part of the tensors unused.
+        CheckpointError: If ``refuse`` and a part of the backbone would be left random, or a
+            part of the tensors unused; begins with ``file``, which the tensors are from.
     """
     own = backbone.state_dict()
     expected = first_stages(own, backbone.num_stages)

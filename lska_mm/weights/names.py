@@ -2,10 +2,8 @@
 
 Layouts met in the wild, all of which load without a flag:
 
-1. the ImageNet files of arXiv:2309.01439: ``block1.0.attn.spatial_gating_unit
-   .conv0h``, ``head``; sometimes behind ``module.``;
-2. the same authors' detection and segmentation copies: ``blocks1``,
-   ``DW_conv_h``, ``patch_embed1.projection``;
+1. the ImageNet files of arXiv:2309.01439: ``block1.0.attn...``, ``head``; also behind ``module.``;
+2. the same authors' detection and segmentation copies: ``blocks1``, ``DW_conv_h``;
 3. VAN in mmpretrain: ``DW_conv``, ``DW_D_conv`` (``attention='LKA'``);
 4. classifiers, detectors and segmentors of this package: ``backbone.``.
 """
@@ -56,13 +54,9 @@ def convert_key(key: str) -> str:
 def convert_state_dict(state_dict: Mapping[str, Any], source: str = '') -> dict[str, Any]:
     """Rename every tensor as `convert_key` says; drop and change none.
 
-    Args:
-        state_dict: Tensors in any of the layouts.
-        source: The file that they are from, for errors to begin with.
-
     Raises:
-        CheckpointError: If two tensors would get the same name, or a name is
-            not text.
+        CheckpointError: If two tensors would get the same name, or a name is not text;
+            begins with ``source``, the file that they are from.
     """
     where = f'{source}: ' if source else ''
     names: dict[str, str] = {}  # new to old
@@ -87,10 +81,9 @@ def get_state_dict(checkpoint: Any) -> Mapping[str, Tensor]:
 
 
 class _FileMetadata(OrderedDict):
-    """The ``_metadata`` of tensors from a file, which tells every module the file's name.
+    """The ``_metadata`` of tensors, of which PyTorch and MMEngine give each module its part.
 
-    PyTorch and MMEngine hand each module what `get` returns for its path. In a checkpoint
-    that is saved with it, it is an ordinary dictionary again.
+    It adds the file's name for every module, and is saved as an ordinary dictionary.
     """
 
     file = ''

@@ -22,18 +22,16 @@ class ResizedPretrained:
         backbone=dict(kernel_size=53, init_cfg=dict(
             type='ResizedPretrained', checkpoint='pretrained/lska-van-tiny_k23_in1k.pth'))
 
-    The backbone's ``kernel_size`` and ``in_channels`` say what is made of them, see
-    `resize_kernels` and `resize_channels`.
+    The backbone's ``kernel_size`` and ``in_channels`` say what is made of them.
 
     Args:
         checkpoint: File or URL of the weights, in any layout; a config that names
             weights already, in the ``init_cfg`` that it inherits, need not repeat it.
-        nearest: Take the nearest kernels where they cannot be the same function,
-            see `resize_kernels`.
+        nearest: See `resize_kernels`.
 
     Raises:
-        CheckpointError: See these functions; if the weights differ from the backbone
-            in more.
+        CheckpointError: See `resize_kernels` and `resize_channels`; if the weights differ
+            from the backbone in more.
         TypeError: If it is the ``init_cfg`` of another module than an `LSKAVAN`.
         ValueError: If there is no ``checkpoint``.
     """

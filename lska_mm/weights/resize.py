@@ -13,7 +13,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..models.archs import parse_kernel_size
 from ..models.lska import kernel_layout
-from .fit import factorize
 from .match import read_state
 from .names import CheckpointError
 
@@ -33,19 +32,14 @@ def _gates(state: Mapping[str, Any], found: Mapping) -> Iterator[tuple[int, str,
         layout = kernel_layout(found['attention'], size)
         for block in range(depths[stage]):
             gate = f'block{stage + 1}.{block}.attn.spatial_gating_unit'
-            keys = [f'backbone.{gate}.{name}.{k}' for name in layout for k in ('weight', 'bias')]
-            missing = [key for key in keys if key not in state]
-            if missing:
-                raise CheckpointError(f'{missing[0]} is missing.')
-            tensors = iter(state[key] for key in keys)
-            yield (
-                stage,
-                gate,
-                {
-                    name: Conv(next(tensors), next(tensors), dilation)
-                    for name, (_, dilation) in layout.items()
-                },
-            )
+            convs = {}
+            for name, (_, dilation) in layout.items():
+                keys = [f'backbone.{gate}.{name}.{kind}' for kind in ('weight', 'bias')]
+                missing = [key for key in keys if key not in state]
+                if missing:
+                    raise CheckpointError(f'{missing[0]} is missing.')
+                convs[name] = Conv(state[keys[0]], state[keys[1]], dilation)
+            yield stage, gate, convs
 
 
 def _center(x: Tensor, height: int, width: int) -> Tensor:
@@ -135,7 +129,7 @@ def _fit(old: list[Conv], new: list[Conv], attention: str) -> list[Conv]:
         m, n = (conv.weight[0].numel() for conv in (local, far))
         side = m + far.dilation * (n - 1)
         target = _center(_dense(old[axis::2]).flatten(1)[:, None], 1, side)[:, 0]
-        left, right = factorize(target, m, n, far.dilation)
+        left, right = _factorize(target, m, n, far.dilation)
         # The scale is shared between the two as before, for the sake of the bias between
         # them: the local part keeps its norm and the sign of its sum.
         before = old[axis].weight.double().flatten(1)
@@ -146,6 +140,38 @@ def _fit(old: list[Conv], new: list[Conv], attention: str) -> list[Conv]:
             new[i] = new[i]._replace(weight=values.reshape(weight.shape).to(weight))
     bias = new[-1].bias + _response_to_zeros(old) - _response_to_zeros(new)
     return [*new[:-1], new[-1]._replace(bias=bias.to(new[-1].bias))]
+
+
+def _factorize(target: Tensor, local: int, far: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """The taps (C, local) and (C, far) whose dense kernel is nearest to ``target`` (C, K).
+
+    The first have norm 1 or 0. By alternating least squares: with one part fixed, the dense
+    kernel is linear in the other. It ends in local minima, so that the best of several starts
+    counts: the singular vectors of a matrix (local, far) in which each pixel is shared equally
+    among the products of taps that lie on it.
+    """
+    norm = target.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    i, j = torch.arange(local)[:, None], torch.arange(far)
+    pixels = i + dilation * j  # on which the product of two taps lies, (local, far)
+    shares = (target / norm / torch.bincount(pixels.flatten()))[:, pixels]
+    right = torch.linalg.svd(shares, full_matrices=False).Vh.transpose(0, 1)  # (starts, C, far)
+    targets = (target / norm).expand(len(right), -1, -1)
+    for _ in range(50):
+        left = _solve(right[..., None, :], pixels, i, targets)
+        left = left / left.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        right = _solve(left[..., None], pixels, j, targets)
+    products = (left[..., None] * right[..., None, :]).flatten(2)
+    dense = torch.zeros_like(targets).index_add(2, pixels.flatten(), products)
+    best = (dense - targets).norm(dim=-1).argmin(0), torch.arange(len(target))
+    return left[best], right[best] * norm
+
+
+def _solve(fixed: Tensor, pixels: Tensor, taps: Tensor, target: Tensor) -> Tensor:
+    """The taps (..., n) that come with the ``fixed`` ones nearest to ``target`` (..., K)."""
+    matrix = target.new_zeros(*target.shape, taps.numel())
+    matrix[..., pixels, taps] = fixed
+    ridge = 1e-12 * torch.eye(taps.numel(), dtype=target.dtype)  # for channels of zeros
+    return torch.linalg.solve(matrix.mT @ matrix + ridge, matrix.mT @ target[..., None])[..., 0]
 
 
 def _response_to_zeros(convs: list[Conv]) -> Tensor:

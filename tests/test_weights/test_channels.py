@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.models._manipulate import adapt_input_conv
 
-from conftest import published_state, small, trained, written_file
+from conftest import small, trained, written_file
 from lska_mm.weights.names import CheckpointError, convert_state_dict
 from lska_mm.weights.resize import resize_channels
 
@@ -14,7 +14,7 @@ CONVERT = 'tools/model_converters/convert_checkpoint.py'
 
 @pytest.mark.parametrize('in_channels', [1, 2, 3, 4, 5, 6, 9, 13])
 def test_as_timm_does(in_channels):
-    state = published_state()
+    state = small().state_dict()
     expected = adapt_input_conv(in_channels, state['patch_embed1.proj.weight'])
     resized = resize_channels(state, in_channels)
     torch.testing.assert_close(resized.pop(KEY), expected, rtol=1e-6, atol=1e-7)

@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from conftest import ROOT, SMALL, build_model, published_state, small
+from conftest import GATE, ROOT, SMALL, build_model, published_state, small
 from lska_mm import LSKAVAN
 from lska_mm.weights.match import describe, load_whole
 from lska_mm.weights.names import CheckpointError, convert_state_dict
@@ -23,6 +23,18 @@ def test_describe_reads_the_arguments_back(kernel_size, attention):
     assert describe(backbone.state_dict()) == dict(
         arch=arch, attention=attention, kernel_size=kernel_size, in_channels=4
     )
+
+
+@pytest.mark.parametrize('width', [1, 8, 49, 320])
+def test_describe_has_the_ratio_that_builds_the_same_mlp(width):
+    state = {key: value for key, value in small().state_dict().items() if key.startswith(GATE)}
+    with torch.device('meta'):
+        state['patch_embed1.proj.weight'] = torch.empty(width, 3, 7, 7)
+        for hidden in range(1, 5 * width):
+            state['block1.0.mlp.fc1.weight'] = torch.empty(hidden, width, 1, 1)
+            ratio = describe(state)['arch']['ffn_ratios'][0]
+            assert int(width * ratio) == hidden
+            assert isinstance(ratio, int) == (hidden % width == 0)
 
 
 def test_kernel_sizes_by_stage_load_into_the_same_or_its_first_stages():
