@@ -4,12 +4,11 @@ import pytest
 import torch
 from timm.models._manipulate import adapt_input_conv
 
-from conftest import small, trained, written_file
+from conftest import small, trained
 from lska_mm.weights.names import CheckpointError, convert_state_dict
 from lska_mm.weights.resize import resize_channels
 
 KEY = 'backbone.patch_embed1.proj.weight'
-CONVERT = 'tools/model_converters/convert_checkpoint.py'
 
 
 @pytest.mark.parametrize('in_channels', [1, 2, 3, 4, 5, 6, 9, 13])
@@ -38,14 +37,6 @@ def test_refused():
         resize_channels(small(in_channels=4).state_dict(), 3)
     with pytest.raises(ValueError, match='in_channels=0 is less than 1'):
         resize_channels(small().state_dict(), 0)
-
-
-def test_tool(run, published_file, tmp_path):
-    command = ('python', CONVERT, published_file, tmp_path / 'k53.pth')
-    printed = run(*command, '--in-channels', 4, '--kernel-size', 53)
-    assert "now LSKAVAN(arch='tiny', attention='LSKA', kernel_size=53, in_channels=4)" in printed
-    state = torch.load(written_file(printed), weights_only=True)['state_dict']
-    assert state[KEY].shape == (32, 4, 7, 7)
 
 
 def test_the_demo_with_four_bands_trains(run, published_file, tmp_path):

@@ -35,7 +35,11 @@ KINDS = {
         dict(attention='LSKA-trivial', kernel_size=11),
         dict(kernel_size=7),
     ),
-    'channels': (['--in-channels', 6], {}, dict(in_channels=6)),
+    'channels': (
+        ['--in-channels', 6, '--kernel-size', 11],
+        {},
+        dict(in_channels=6, kernel_size=11),
+    ),
     'separation': (['--separate'], dict(attention='LKA'), dict(attention='LSKA')),
     'folding': (None, {}, dict(deploy=True)),
 }
@@ -85,7 +89,7 @@ def test_table(convert, tmp_path, norm, kind):
     for i, (ratio, bands) in enumerate(product((8, 2.5), (1, 3, 4))):
         stage_norm = list(STAGE_NORMS)[(i + list(NORMS).index(norm)) % 4]
         settings = dict(
-            arch=dict(embed_dims=[4, 8], depths=[2, 1], ffn_ratios=[ratio, ratio]),
+            arch=dict(embed_dims=[4, 8], depths=[1, 1], ffn_ratios=[ratio, ratio]),
             norm_cfg=NORMS[norm], stage_norm_cfg=STAGE_NORMS[stage_norm], in_channels=bands,
             **before,
         )  # fmt: skip
