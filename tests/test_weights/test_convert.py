@@ -193,6 +193,12 @@ def test_a_part_of_a_network_is_refused(convert, tmp_path, deploy, change, messa
     assert message in convert(tmp_path / 'source.pth', [])
 
 
+def test_norms_that_fold_to_nothing_end_in_a_line(convert, tmp_path):
+    state = changed('block1.0.norm1.running_var', lambda x: -x)(small().state_dict())
+    torch.save(state, tmp_path / 'source.pth')
+    assert 'block1.0.norm1 cannot be folded' in convert(tmp_path / 'source.pth', None)
+
+
 def test_modules_of_a_subclass_stay(convert, tmp_path):
     state = {**small().state_dict(), 'block1.0.mlp.adapter.weight': torch.rand(3),
              'prompt': torch.rand(2)}  # fmt: skip

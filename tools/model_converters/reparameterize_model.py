@@ -71,7 +71,7 @@ def fold(state: State, eps: float) -> State:
     return {key: v for key, v in state.items() if key not in stages} | folded
 
 
-@report_errors(CheckpointError, OSError)
+@report_errors(CheckpointError, OSError, TypeError, ValueError)
 def main() -> None:
     parser = converter_parser('Make a checkpoint for inference')
     parser.add_argument('--norm-eps', type=float, help="of the norms; by default that of the "
