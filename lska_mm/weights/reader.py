@@ -1,17 +1,23 @@
 """Read what `torch.save` wrote, by `torch.load`, without running code that it may carry.
 
-A pickle names what it calls, and finds what is in `_ALLOWED`; anything else is refused.
+A pickle names what it calls, and finds what is in `_ALLOWED`, or members of an enumeration that
+is imported already; anything else is refused.
 """
 
 import argparse
 import os
 import pickle
 import re
+import sys
 import tarfile
-import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import EnumMeta
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import torch
@@ -19,10 +25,13 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
+from .archive import storage_sizes
 from .names import RefusedError
 
 _LEGACY = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # near the start of files before torch 1.6
-_METHODS = ('min', 'max', 'mean', 'current', '_annealing_cos', '_annealing_linear')
+_METHODS = {HistoryBuffer: ('min', 'max', 'mean', 'current'),
+            OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear')}  # fmt: skip
+_TIME = r"\(4, '<', None, None, None, -1, -1, 0, \({}, \(b'\w+', [1-9]\d*, 1, 1\)\)\)"  # its unit
 
 
 def _tensor(storage, offset, size, stride, grad=False, hooks=None, metadata=None):
@@ -34,28 +43,33 @@ def _tensor(storage, offset, size, stride, grad=False, hooks=None, metadata=None
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, grad, {}, metadata)
 
 
-def _method(owner, name):
-    if owner not in (HistoryBuffer, OneCycleParamScheduler) or name not in _METHODS:
-        raise RefusedError(f'getattr({owner!r:.60}, {name!r:.60})')
-    return getattr(owner, name)
+def _checked(make, is_harmless):
+    def call(*args):
+        if is_harmless(*args):
+            return make(*args)
+        raise RefusedError(f'{make.__module__}.{make.__name__}{args!r:.90}')
 
-
-def _dtype(code, *copy):
-    if code[0] not in '?biufcSU':
-        raise RefusedError(f'numpy.dtype({code!r:.60})')
-    return np.dtype(code)
+    return call
 
 
 _CLASSES = (argparse.Namespace, HistoryBuffer, OneCycleParamScheduler, ConfigDict, Counter,
-            OrderedDict, defaultdict, deque, complex, dict, float, frozenset, int, list, set,
-            slice, torch.Size, torch.device)  # fmt: skip
+            OrderedDict, PurePosixPath, PureWindowsPath, UUID, complex, date, datetime,
+            defaultdict, deque, dict, float, frozenset, int, list, set, slice, time, timedelta,
+            timezone, torch.Size, torch.device)  # fmt: skip
+_BUILT = (argparse.Namespace, HistoryBuffer, OrderedDict, UUID, np.ndarray)
 _ALLOWED: dict[str, Any] = {
     **{f'{kind.__module__}.{kind.__name__}': kind for kind in _CLASSES},
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
-    'builtins.getattr': _method,
+    **dict.fromkeys(('pathlib.PosixPath', 'pathlib.WindowsPath'), Path),
+    # A list or an int that is made of these is short.
+    'builtins.range': _checked(range, lambda *args: len(range(*args)) <= 10**6),
+    'decimal.Decimal': _checked(Decimal, lambda *args: abs(Decimal(*args).adjusted()) <= 10**4),
+    'builtins.getattr': _checked(getattr, lambda kind, name: name in _METHODS.get(kind, ())),
     'builtins.bytes': lambda: b'',
     '_codecs.encode': lambda text, _: text.encode('latin1'),  # how bytes are pickled
-    'numpy.dtype': _dtype,
+    'numpy.dtype': _checked(
+        np.dtype, lambda code, *new: re.fullmatch(r'[?biufcSUOmM]\d*', code) and new == (0, 1)
+    ),
     'numpy.multiarray._reconstruct': lambda *_: np.empty(0),
     'numpy.multiarray.scalar': np.float64().__reduce__()[0],
     **dict.fromkeys(('numpy.ndarray', 'torch.Tensor')),  # arguments of others
@@ -72,11 +86,14 @@ class _Unpickler(_Base):
     sizes, room = dict[str, int](), 0  # bytes of each storage, and of the file for others
 
     def find_class(self, module, name):
-        path = f'{module}.{name}'.replace('__builtin__.', 'builtins.')
+        path = re.sub(r'^__builtin__\.x?', 'builtins.', f'{module}.{name}')
         path = re.sub(r'^numpy\._?core\.', 'numpy.', path)
-        if path not in _ALLOWED:
+        if path in _ALLOWED:
+            return _ALLOWED[path]
+        kind = getattr(sys.modules.get(module), '__dict__', {}).get(name)
+        if not isinstance(kind, EnumMeta):
             raise RefusedError(path)
-        return _ALLOWED[path]
+        return kind._value2member_map_.__getitem__  # to call the class could run its code
 
     def load_global(self):
         module, name = self.readline(), self.readline()
@@ -88,9 +105,14 @@ class _Unpickler(_Base):
         *_, target, state = self.stack
         if isinstance(target, HistoryBuffer):  # its class has the methods that the state names
             state.pop('statistics_methods', None)
-        if isinstance(target, np.dtype) and state[1] in ('|', '<'):
+        if isinstance(target, np.ndarray) and state[-3].hasobject:  # numpy reads beyond the list
+            count, shape = len(state[-1]), state[-4]
+            if np.empty(count, bool).reshape(shape).shape != shape:
+                raise ValueError(f'{count} objects in an array of {shape}')
+        is_dtype = isinstance(target, np.dtype)
+        if is_dtype and target.kind not in 'mM' and state[1] in ('|', '<'):
             self.stack.pop()  # it has no more to say
-        elif isinstance(target, (argparse.Namespace, HistoryBuffer, OrderedDict, np.ndarray)):
+        elif isinstance(target, _BUILT) or (is_dtype and re.fullmatch(_TIME, repr(state))):
             _Base.load_build(self)
         else:
             raise RefusedError(f'attributes of {target!r:.60}')
@@ -107,26 +129,6 @@ class _Unpickler(_Base):
     dispatch.update(zip(b'cbQ', (load_global, load_build, load_binpersid)))  # the opcodes
 
 
-def _storage_sizes(path: str) -> dict[str, int]:
-    """Return the bytes of each storage in a zip archive, where torch sees the same archive.
-
-    `zipfile` finds the directory by what lies before the end of the file, torch by the
-    offsets written there; torch ignores case.
-    """
-    with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
-        entries, room = archive.infolist(), file.seek(-98, os.SEEK_END) + 98
-        end = file.read()
-        unclear = zipfile._EndRecData(file)[6] != archive.start_dir  # type: ignore[attr-defined]
-    if end[56:60] == b'PK\6\7':  # of a large archive: where the longer end record is
-        unclear |= int.from_bytes(end[64:72], 'little') != room - 98
-    sizes = {entry.filename.partition('/')[2].lower(): entry.file_size for entry in entries}
-    unclear |= len(sizes) < len(entries) or sum(sizes.values()) > room
-    unclear |= any(entry.compress_type or entry.external_attr & 16 for entry in entries)
-    if unclear or 'constants.pkl' in sizes:
-        raise ValueError('entries that are larger than the file, or a TorchScript program')
-    return {name[5:]: size for name, size in sizes.items() if name.startswith('data/')}
-
-
 def read(path: str, map_location: Any = None) -> Any:
     """Return the content of a file; raise `RefusedError`, or any error if it is damaged."""
     with open(path, 'rb') as file:
@@ -134,7 +136,7 @@ def read(path: str, map_location: Any = None) -> Any:
     zipped = start.startswith(b'PK\3\4')
     if not zipped and (_LEGACY not in start[:16] or tarfile.is_tarfile(path)):
         raise ValueError('an unknown format')
-    sizes, room = (_storage_sizes(path), 0) if zipped else ({}, os.path.getsize(path))
+    sizes, room = (storage_sizes(path), 0) if zipped else ({}, os.path.getsize(path))
     kind = type('Unpickler', (_Unpickler,), dict(sizes=sizes, room=room))
 
     def load(file: Any, **how: Any) -> Any:

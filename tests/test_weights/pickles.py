@@ -5,7 +5,13 @@ import collections
 import io
 import os
 import pickle
+import uuid
 import zipfile
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from http import HTTPStatus
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -25,6 +31,23 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (str(self.target),)
+
+
+class Phase(Enum):
+    """As a hook may have one."""
+
+    WARM_UP = 'warm-up'
+
+
+# What hooks may keep in a message hub.
+VALUES = dict(
+    times=[datetime(2026, 1, 2, 3, tzinfo=timezone.utc), date(2026, 1, 2), time(3), timedelta(4)],
+    paths=[Path('work_dirs/net'), PurePosixPath('/a'), PureWindowsPath('c:/a')],
+    numbers=[range(0, 100, 3), Decimal('1.50'), uuid.uuid4(), uuid.uuid1()],
+    enumerations=[Phase.WARM_UP, HTTPStatus.OK],
+    numpy_times=[np.datetime64('2026-01-02T03', 'h'), np.timedelta64(4, '25s')],
+    arrays=[np.array([0, 1], 'M8[D]'), np.array([['a', None], [{'b': 1}, (2,)]], object)],
+)  # fmt: skip
 
 
 def checkpoint():

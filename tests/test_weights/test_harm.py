@@ -37,6 +37,23 @@ def attribute(target):
     return name(target) + op({'harm': 1}) + b'b'
 
 
+def dtype(code, *state):
+    """A type of numpy with a state, of which the units of a time are a part."""
+    made = call('numpy.dtype', op(code), op(False), op(True))
+    return made + b'(' + b''.join(map(op, (*state, None, None, None, -1, -1)))
+
+
+def times(unit, number=1):
+    return dtype('M8', 4, '<') + op(0) + op(({}, (unit, number, 1, 1))) + b'tb'
+
+
+def objects(shape):
+    """An array of objects that lists one."""
+    return ARRAY + b'(' + op(1) + op(shape) + dtype('O8', 3, '|') + op(63) + b'tb' + (
+        op(False) + op([None]) + b'tb'
+    )  # fmt: skip
+
+
 # The instructions of a pickle, and what the error says; None if it is read in peace.
 PICKLES = {
     **{
@@ -55,11 +72,11 @@ PICKLES = {
     },
     'getattr of another class': (
         call('builtins.getattr', name('builtins.dict'), op('get')),
-        UNKNOWN.format(r'getattr.*get..'),
+        UNKNOWN.format(r'builtins\.getattr.*get..'),
     ),
     'getattr of something else': (
         call('builtins.getattr', name(HISTORY), op('__init__')),
-        UNKNOWN.format(r'getattr.*init__..'),
+        UNKNOWN.format(r'builtins\.getattr.*init__..'),
     ),
     'a dotted name': (
         op(HISTORY.rpartition('.')[0]) + op('HistoryBuffer.__init__') + b'\x93',
@@ -76,8 +93,33 @@ PICKLES = {
     'an attribute of a tensor': (
         tensor(4, (4,)) + op({'harm': 1}) + b'b', UNKNOWN.format('attributes of tensor.*'),
     ),
-    'an array of objects': (
-        call('numpy.dtype', op('O8'), op(False), op(True)), UNKNOWN.format(r"numpy\.dtype.'O8'.*"),
+    'a structured array': (
+        call('numpy.dtype', op('i4,O'), op(False), op(True)), UNKNOWN.format(r'numpy\.dtype.*'),
+    ),
+    'a type that others share': (
+        call('numpy.dtype', op('M8'), op(False), op(False)), UNKNOWN.format(r'numpy\.dtype.*'),
+    ),
+    'objects beyond their list': (objects((10**9,)), '1 objects in an array|cannot reshape'),
+    'a negative number of objects': (objects((-1,)), r'1 objects in an array of \(-1,\)'),
+    'times without a unit': (times("b'harm'"), UNKNOWN.format('attributes of dtype.*')),
+    'times of another unit': (times(b'harm'), 'damaged'),
+    'times of a zeroth': (times(b's', 0), UNKNOWN.format('attributes of dtype.*')),
+    'a list of a long range': (
+        call('builtins.list', call('__builtin__.xrange', op(10**9))),
+        UNKNOWN.format('builtins.range.1000000000,.'),
+    ),
+    'a range that is longer than any list': (call('builtins.range', op(10**99)), 'damaged'),
+    'an integer of a billion digits': (
+        call('builtins.int', call('decimal.Decimal', op('-1e999999999'))),
+        UNKNOWN.format('decimal.Decimal.*'),
+    ),
+    'a class made by an enumeration': (call('enum.Enum', op('Harm'), op('a')), 'damaged'),
+    'a value that an enumeration lacks': (call('http.HTTPStatus', op(1)), 'damaged'),
+    'an attribute of an enumeration': (
+        attribute('http.HTTPStatus'), UNKNOWN.format('attributes of .*'),
+    ),
+    'an enumeration that is not imported': (
+        call('this.Enumeration', op(1)), UNKNOWN.format('this.Enumeration'),
     ),
     'a changed float64': (
         F8 + b'(' + op(3) + op('>') + b'NNN' + op(-1) + op(-1) + op(0) + b'tb',

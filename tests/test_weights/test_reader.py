@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.optim import scheduler as schedulers
@@ -15,7 +16,7 @@ from mmengine.runner import Runner
 
 from lska_mm import load_from_local
 from lska_mm.weights.reader import read
-from pickles import checkpoint, same, save
+from pickles import VALUES, checkpoint, same, save
 
 
 def trusting(path):
@@ -38,8 +39,15 @@ def test_reads_what_torch_reads(tmp_path, zipped):
         ],
         conjugate=torch.tensor([1 + 2j]).conj(),
         parameter=torch.nn.Parameter(torch.ones(2)),
-        arrays=[np.arange(3), np.array(['a', 'bc']), np.zeros((0, 2)), np.eye(2, dtype='f4').T],
+        arrays=[
+            np.arange(3),
+            np.array(['a', 'bc']),
+            np.zeros((0, 2)),
+            np.eye(2, dtype='f4').T,
+            np.empty(0, object),
+        ],
         scalars=[np.float32(0.5), np.int64(3), np.bool_(True), np.str_('a')],
+        values=VALUES,
         others=[torch.Size([1, 2]), torch.device('cpu'), slice(1, 2), collections.deque([1])],
     )
     path = save(content, tmp_path / 'file.pth', zipped)
@@ -142,6 +150,14 @@ class Numbers(list):
     metainfo = dict(classes=('a', 'b'), palette=ConfigDict(a=dict(rgb=[1, 2, 3])))
 
 
+class KeepValues(Hook):
+    """Keeps values of all kinds, in the first epoch alone."""
+
+    def before_train(self, runner):
+        for key, value in VALUES.items() if runner.epoch == 0 else ():
+            runner.message_hub.update_info(key, value)
+
+
 def train(folder, epochs, **more):
     Runner(
         model=Model(),
@@ -153,7 +169,7 @@ def train(folder, epochs, **more):
             dict(type='LinearLR', start_factor=0.1, end=2, by_epoch=False),
             dict(type='OneCycleLR', eta_max=0.1, total_steps=9),
         ],
-        custom_hooks=[dict(type='EMAHook')],
+        custom_hooks=[dict(type='EMAHook'), KeepValues()],
         experiment_name=f'{folder}, {epochs}',
         **more,
     ).train()
@@ -170,6 +186,8 @@ def test_training_goes_on_from_what_is_read(tmp_path):
     train(tmp_path, 2, load_from=str(path), resume=True)
     after = load_from_local(str(tmp_path / 'epoch_2.pth'))
     assert after['ema_state_dict']['steps'] == after['meta']['iter'] == 2
+    kept = after['message_hub']['runtime_info']
+    assert same({key: kept[key] for key in VALUES}, VALUES)
 
 
 # --- As fast as torch ----------------------------------------------------------------
