@@ -29,7 +29,9 @@ setup(
     packages=find_packages(include=['lska_mm*']),
     # Links to the folders beside the package, copied into wheels: `lska_mm.config`
     # looks there. nuclei.py converts what only a clone has, demo/nuclei.
-    package_data={'lska_mm': ['.mim/model-index.yml', '.mim/configs/**', '.mim/tools/**']},
+    package_data={
+        'lska_mm': ['py.typed', '.mim/model-index.yml', '.mim/configs/**', '.mim/tools/**']
+    },
     exclude_package_data={'lska_mm': ['.mim/tools/dataset_converters/nuclei.py']},
     python_requires='>=3.10',
     # torch, mmengine and mmcv are needed but not asked for here: the two stacks

@@ -8,18 +8,14 @@ operators are many and short.
 """
 
 import argparse
-import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lska_mm.cli import size
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools/analysis_tools'))
 from benchmark import build, keep_heap
 from benchmarking.steps import make_step
+from lska_mm.cli import size
 
 REPEATS = 3
 

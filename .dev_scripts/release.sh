@@ -28,7 +28,7 @@ python -m venv "$work/empty"
 "$work/empty/bin/pip" install --quiet --disable-pip-version-check --no-deps "$wheel"
 "$work/empty/bin/pip" --disable-pip-version-check show lska_mm | grep -E '^(Name|Version|License)'
 site=$("$work/empty/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-git ls-files 'lska_mm/*.py' >"$work/expected"
+git ls-files 'lska_mm/*.py' lska_mm/py.typed >"$work/expected"
 # nuclei.py is for a clone alone, see setup.py.
 git ls-files configs tools model-index.yml | grep -v /nuclei.py | sed 's|^|lska_mm/.mim/|' >>"$work/expected"
 while read -r name; do

@@ -4,6 +4,7 @@
 # same schedule, from random weights, with three seeds each; ends with a table.
 #   make demo TASK=segmentation; bash demo/bands.sh [arguments of train.py]
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) exec sed -n '2,/^set/ s/^# \{0,1\}//p' "$0" ;; esac
 cd "$(dirname "$0")/.."
 
 out=${WORK_DIR:-work_dirs/bands}
@@ -20,4 +21,4 @@ for seed in 0 1 2; do
         --cfg-options randomness.seed=$seed "${short[@]}" \
         model.backbone.init_cfg.checkpoint="$segmentor"
 done
-python tools/analysis_tools/seeds.py "$out"/*/ --metrics mIoU
+python .dev_scripts/seeds.py "$out"/*/ --metrics mIoU

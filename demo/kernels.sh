@@ -4,6 +4,7 @@
 # with erf.png and attention.png in WORK_DIR (work_dirs/kernels).
 #   bash demo/kernels.sh [arguments of train.py]
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) exec sed -n '2,/^set/ s/^# \{0,1\}//p' "$0" ;; esac
 cd "$(dirname "$0")/.."
 
 out=${WORK_DIR:-work_dirs/kernels}

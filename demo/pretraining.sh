@@ -4,6 +4,7 @@
 # three seeds each; ends with a table.
 #   bash demo/pretraining.sh [arguments of train.py]
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) exec sed -n '2,/^set/ s/^# \{0,1\}//p' "$0" ;; esac
 cd "$(dirname "$0")/.."
 
 out=${WORK_DIR:-work_dirs/pretraining}
@@ -17,4 +18,4 @@ for seed in 0 1 2; do
     python tools/train.py "$config" --work-dir "$out/digits/seed-$seed" "$@" \
         --cfg-options randomness.seed=$seed load_from="$classifier"
 done
-python tools/analysis_tools/seeds.py "$out"/*/ --metrics coco/bbox_mAP coco/segm_mAP
+python .dev_scripts/seeds.py "$out"/*/ --metrics coco/bbox_mAP coco/segm_mAP

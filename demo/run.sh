@@ -5,6 +5,7 @@
 # detection (default), segmentation or classification; WORK_DIR=folder, by
 # default work_dirs/demo-TASK, takes logs, checkpoints and pictures.
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) exec sed -n '2,/^set/ s/^# \{0,1\}//p' "$0" ;; esac
 cd "$(dirname "$0")/.."
 
 task=${TASK:-detection}

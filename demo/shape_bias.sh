@@ -5,6 +5,7 @@
 # and cam_k53.png in WORK_DIR (work_dirs/shape_bias).
 #   bash demo/shape_bias.sh [arguments of train.py]
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) exec sed -n '2,/^set/ s/^# \{0,1\}//p' "$0" ;; esac
 cd "$(dirname "$0")/.."
 
 out=${WORK_DIR:-work_dirs/shape_bias}
@@ -12,7 +13,7 @@ data=data/cue-conflict-digits
 config=lska-van-tiny_cue-conflict.py
 vis_cam=$(python -c 'import mmpretrain; print(mmpretrain.__path__[0])')/.mim/tools/visualization/vis_cam.py
 
-python tools/dataset_converters/cue_conflict.py --out $data
+python .dev_scripts/cue_conflict.py --out $data
 image=$(find $data/conflict/elephant -name '*.png' | sort | head -1)
 for k in 7 53; do
     python tools/train.py demo/$config --work-dir "$out/k$k" "$@" \
@@ -24,4 +25,4 @@ for k in 7 53; do
     python "$vis_cam" "$image" "${trained[@]}" --target-layers backbone.block3.4 \
         --save-path "$out/cam_k$k.png"
 done
-python tools/analysis_tools/shape_bias.py "$out"/csv/*.csv --out "$out/shape_bias.png"
+python .dev_scripts/shape_bias.py "$out"/csv/*.csv --out "$out/shape_bias.png"

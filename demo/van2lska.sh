@@ -7,6 +7,7 @@
 # Interrupted, it goes on with the first training that did not end. WORK_DIR and
 # CLASSIFIER_ARGS (arguments of train.py, for the classifier) may be set.
 set -euo pipefail
+case " $* " in *' -h '* | *' --help '*) exec sed -n '2,/^set/ s/^# \{0,1\}//p' "$0" ;; esac
 cd "$(dirname "$0")/.."
 
 out=${WORK_DIR:-work_dirs/van2lska}
@@ -39,4 +40,4 @@ for seed in 0 1 2; do
     train $nuclei "$out/segmentor/separated/seed-$seed" "$@" \
         --cfg-options randomness.seed=$seed load_from="$separated"
 done
-python tools/analysis_tools/seeds.py "$out"/segmentor/*/ --metrics mIoU
+python .dev_scripts/seeds.py "$out"/segmentor/*/ --metrics mIoU

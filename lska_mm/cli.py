@@ -1,12 +1,11 @@
 """What the tools share: arguments, the config of any toolbox, and how they end."""
 
 import argparse
-import functools
-import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +14,33 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
-from torch import Tensor, nn
+from mmengine.structures import BaseDataElement
+from torch import nn
 
 from .engine.distributed import init_cpu
+from .weights.loader import find_checkpoint
 from .weights.match import load_whole
 from .weights.names import get_state_dict
 
 
-def report_errors(*errors: type[Exception]) -> Callable[[Callable[[], None]], Callable[[], int]]:
-    """Decorate a tool's ``main``: these errors end it with a line instead of a traceback.
-
-    It returns an exit code then, for `sys.exit`: 0; or 1 after one of ``errors``,
-    which is printed as ``tool.py: message``.
-    """
-
-    def decorate(main: Callable[[], None]) -> Callable[[], int]:
-        @functools.wraps(main)
-        def run() -> int:
-            try:
-                main()
-            except errors as error:
-                print(f'{Path(inspect.getfile(main)).name}: {error}', file=sys.stderr)
-                return 1
-            return 0
-
-        return run
-
-    return decorate
-
-
-# --- Arguments ------------------------------------------------------------------
+@contextmanager
+def report_errors(*errors: type[Exception]) -> Iterator[None]:
+    """End a tool, whose ``main`` this decorates, with a line in place of a traceback."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f'{Path(sys.argv[0]).name}: {error}')
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, {}):
-            return action.help
-        return super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser whose help shows defaults."""
+    """Make a parser whose help shows the defaults that say something."""
     return argparse.ArgumentParser(description=description, formatter_class=_Defaults)
 
 
@@ -92,14 +72,6 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def square(text: str) -> int:
-    """Convert an argument HEIGHTxWIDTH whose two numbers are the same."""
-    height, width = size(text)
-    if height != width:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a square, as 224x224')
-    return height
-
-
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Make a parser with the arguments that training and testing have in common."""
     parser = make_parser(description)
@@ -123,41 +95,26 @@ def converter_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-# --- Config and Runner ------------------------------------------------------------
-
-
-def read_config(path: str) -> Config:
-    """Read a config.
-
-    Raises:
-        OSError: If there is none, with a hint where only ``.py`` lacks; if it is a folder.
-    """
-    if Path(path).is_dir():
-        raise IsADirectoryError(f'{path} is a folder, not a config file.')
-    if not Path(path).is_file():
-        hint = f' There is {path}.py.' if Path(f'{path}.py').is_file() else ''
-        raise FileNotFoundError(f'No config at {path}.{hint}')
-    return Config.fromfile(path)
+def read_config(path: str, options: dict | None = None) -> Config:
+    """Read a config, ``options`` changed."""
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(options or {})
+    return cfg
 
 
 def toolbox(cfg: Config) -> str:
     """Return the package that a config is for: its default scope, or that of its model."""
-    if cfg.get('default_scope'):
-        return cfg.default_scope
-    kind = cfg.model.type  # 'mmdet.RetinaNet', or the class itself
+    kind = cfg.get('default_scope') or cfg.model.type  # 'mmdet.RetinaNet', or the class itself
     return (kind if isinstance(kind, str) else kind.__module__).partition('.')[0]
 
 
 def load_config(args: argparse.Namespace, **loader: Any) -> Config:
     """Read the config and apply the arguments of `base_parser` to it.
 
-    Args:
-        args: What `base_parser` parsed.
-        loader: What mmpretrain's own tool sets in its dataloaders by default; the
-            other toolboxes' set nothing.
+    ``loader`` is what mmpretrain's tool of that kind sets by default in dataloaders.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = read_config(args.config)
+    cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     if toolbox(cfg) == 'mmpretrain':
         loader = dict(pin_memory=True, collate_fn=dict(type='default_collate'), **loader)
@@ -184,16 +141,13 @@ def build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
-def load_model(
-    config: str, checkpoint: str, options: dict | None = None
-) -> tuple[Config, nn.Module]:
+def load_model(config: str, checkpoint: str, options: dict | None = None) -> tuple[Config, Any]:
     """Return the config, ``options`` changed, and the trained model, in evaluation mode.
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
     """
-    cfg = read_config(config)
-    cfg.merge_from_dict(options or {})
+    cfg = read_config(config, options)
     init_default_scope(toolbox(cfg))
     if 'backbone' in cfg.model:
         cfg.model.backbone.init_cfg = None
@@ -206,59 +160,18 @@ def load_model(
 
 
 def load_file(model: nn.Module, checkpoint: str) -> str:
-    """Load a checkpoint into a model, none of which may stay random.
+    """Load a checkpoint into a model, none of which may stay random; return its name.
 
-    Returns:
-        What was loaded, in words: the file's name, and whether its weights are
-        averaged; MMEngine's EMAHook puts the averaged ones where others have the last.
+    MMEngine's EMAHook puts the averaged weights where others have the last: the name says so.
     """
-    content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    content = CheckpointLoader.load_checkpoint(find_checkpoint(checkpoint), map_location='cpu')
     load_whole(model, get_state_dict(content), checkpoint)
     averaged = ', averaged weights (EMA)' if 'ema_state_dict' in content else ''
     return f'{Path(checkpoint).name}{averaged}'
 
 
-def load_backbone(cfg: Config, checkpoint: str | None = None) -> tuple[nn.Module, str]:
-    """Load the backbone of a config from a checkpoint of any model that has the same one.
-
-    Returns:
-        The backbone, in evaluation mode, random without a checkpoint; and what its
-        weights are, in words.
-
-    Raises:
-        CheckpointError: If the checkpoint is not of the config's backbone.
-        ValueError: If the config has no backbone.
-    """
-    if 'backbone' not in cfg.get('model', {}):
-        raise ValueError(f'{cfg.filename} has no model.backbone.')
-    init_default_scope(toolbox(cfg))
-    backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
-    if checkpoint is None:
-        init_quietly(backbone)
-        weights = 'random weights'
-    else:
-        weights = f'backbone of {load_file(nn.ModuleDict(dict(backbone=backbone)), checkpoint)}'
-    backbone.eval()  # those of mmpretrain return nothing
-    return backbone, weights
-
-
-def init_quietly(module: Any) -> None:
-    """Give a module its random weights, without a line in the log for every parameter."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('WARNING')
-    module.init_weights()
-    logger.setLevel(level)
-
-
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image (H, W, 3), BGR.
-
-    Raises:
-        OSError: If there is none: no file, a folder, or something else.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'No image at {path}.')
+    """Read an image (H, W, 3), BGR; raise an OSError where there is none."""
     try:
         image = mmcv.imread(str(path))
     except cv2.error:  # of an empty file
@@ -268,17 +181,13 @@ def read_image(path: str | Path) -> np.ndarray:
     return image
 
 
-def normalize(images: np.ndarray | Tensor, cfg: Config) -> Tensor:
-    """Convert images (B, 3, H, W) in BGR, 0 to 255, to what the config's backbone wants."""
-    norm = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    images = torch.as_tensor(images).float()
-    if norm.get('bgr_to_rgb') or norm.get('to_rgb'):
-        images = images.flip(1)
-    mean, std = norm.get('mean') or [0.0], norm.get('std') or [1.0]
-    return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
-
-# --- Output -----------------------------------------------------------------------
+def normalize(images: Any, cfg: Config) -> torch.Tensor:
+    """Convert images (B, C, H, W) of a pipeline to what the config's model gives its backbone."""
+    settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    default = 'mmpretrain.ClsDataPreprocessor' if settings else 'ImgDataPreprocessor'
+    preprocessor = MODELS.build({'type': default, **(settings or {})})
+    samples = [BaseDataElement() for _ in images]
+    return preprocessor(dict(inputs=list(torch.as_tensor(images)), data_samples=samples))['inputs']
 
 
 def markdown(rows: Iterable[Iterable[Any]]) -> str:

@@ -11,7 +11,7 @@ def benchmark(run, tmp_path):
 
     def _benchmark(*more, code=0):
         words = ['--sizes', '32x64', '--seconds', 0.01, '--max-busy', 101, '--max-spread', 100]
-        tool = 'tools/analysis_tools/benchmark.py'
+        tool = '.dev_scripts/benchmark.py'
         return run('python', tool, *words, '--out', tmp_path, *more, code=code)
 
     return _benchmark

@@ -13,7 +13,7 @@ from lska_mm.models.archs import ARCHS
 from lska_mm.models.lska import ATTENTIONS
 
 TOOL = 'tools/analysis_tools/compare_kernels.py'
-QUICK = ['--size', '64x64', '--seconds', 0.01, '--kernel-sizes', 7, 11, '--max-spread', 100]
+QUICK = ['--size', '64x64', '--kernel-sizes', 7, 11]
 erf = load_tool('tools/visualization/erf.py')
 
 
@@ -39,16 +39,16 @@ def test_network_field_is_where_gradients_end(attention):
     assert [network_field([1, 1], 7)] * 2 == sides == [111, 111]
 
 
-@pytest.mark.parametrize('more', [[], ['--no-time']], ids=['timed', 'counted'])
+@pytest.mark.parametrize('more', [['--time'], []], ids=['timed', 'counted'])
 def test_compare_kernels(run, tmp_path, more):
-    gates = ['LSKA', 'LKA'] if more else ['LKA-trivial']
-    words = [*QUICK, '--max-busy', 101, '--attentions', *gates, '--out', tmp_path / 'out', *more]
+    gates = ['LKA-trivial'] if more else ['LSKA', 'LKA']
+    words = [*QUICK, '--attentions', *gates, '--out', tmp_path / 'out', *more]
     printed = run('python', TOOL, *words)
     out = tmp_path / 'out/compare_kernels'
     rows = json.loads(out.with_suffix('.json').read_text())
     expected = [(gate, k) for gate in gates for k in (7, 11)]
     assert [(row['attention'], row['kernel_size']) for row in rows] == expected
-    assert all(('milliseconds' in row) == (not more) for row in rows)
+    assert all(('milliseconds' in row) == bool(more) for row in rows)
     for row in rows:
         k = row['kernel_size']
         assert row['gate_field'] == k
@@ -61,11 +61,3 @@ def test_compare_kernels(run, tmp_path, more):
     assert table in printed
     assert table.count('\n') == 2 + len(rows)
     assert min(mmcv.imread(str(out.with_suffix('.png'))).shape[:2]) > 200
-
-
-def test_a_busy_machine_is_refused(run, tmp_path):
-    words = [*QUICK, '--max-busy', -1, '--out', tmp_path / 'out']
-    printed = run('python', TOOL, *words, code=1)
-    assert 'compare_kernels.py: ' in printed
-    assert '--no-time' in printed
-    assert not (tmp_path / 'out').exists()

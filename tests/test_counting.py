@@ -7,8 +7,8 @@ from torch import nn
 from conftest import load_tool
 from lska_mm import LSKAVAN
 
-counting = load_tool('tools/analysis_tools/benchmarking/counting.py')
-plain_lska_van = load_tool('tools/analysis_tools/benchmarking/plain_lska_van.py').plain_lska_van
+counting = load_tool('tools/analysis_tools/counting.py')
+plain_lska_van = load_tool('.dev_scripts/benchmarking/plain_lska_van.py').plain_lska_van
 
 
 @pytest.mark.parametrize(

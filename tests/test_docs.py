@@ -51,7 +51,7 @@ TEST_CORRUPTED = (
     f'python tools/analysis_tools/imagenet_c.py demo/lska-van-tiny_digits.py {CLASSIFIER} '
     'data/digits-c --work-dir work_dirs/digits-c'
 )
-SEEDS = 'python tools/analysis_tools/seeds.py work_dirs/pretraining/*/ --metrics coco/segm_mAP'
+SEEDS = 'python .dev_scripts/seeds.py work_dirs/pretraining/*/ --metrics coco/segm_mAP'
 FOLD = f'python tools/model_converters/reparameterize_model.py {SEGMENTOR} work_dirs/deployed.pth'
 EXPORT = {
     f'python tools/deployment/export_onnx.py {SEGMENTATION} {SEGMENTOR} work_dirs/segmentor.onnx '
@@ -158,7 +158,7 @@ COMMANDS = {
              'test_dataloader.persistent_workers=False'],
             'accuracy/top1',
         ),
-        'python tools/analysis_tools/shape_bias.py work_dirs/shape_bias/*.csv '
+        'python .dev_scripts/shape_bias.py work_dirs/shape_bias/*.csv '
         '--out shape_bias.png': ([], '| lska-van-tiny | 16 |'),
         'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 11 23 35 53 65 '
         '--out work_dirs/compare_kernels': (['--help'], 'usage: compare_kernels.py'),
@@ -172,10 +172,10 @@ COMMANDS = {
         ),
     },
     'docs/performance.md': {
-        'python tools/analysis_tools/benchmark.py --archs tiny --kernel-sizes 7 23 53 '
+        'python .dev_scripts/benchmark.py --archs tiny --kernel-sizes 7 23 53 '
         '--out work_dirs/benchmark': (['--help'], 'usage: benchmark.py'),
         'make gpu': (['-n'], 'python -m pytest -m gpu -s tests/gpu'),
-        'python tools/analysis_tools/benchmark.py --device cuda --out work_dirs/benchmark-gpu': (
+        'python .dev_scripts/benchmark.py --device cuda --out work_dirs/benchmark-gpu': (
             ['--help'], 'usage: benchmark.py',
         ),
         'python .dev_scripts/profile_ops.py --arch base --size 800x1216': (
@@ -205,7 +205,7 @@ COMMANDS = {
         ),
         'python tools/dataset_converters/nuclei.py': ([], 'written to data/nuclei'),
         'python tools/dataset_converters/digits.py': ([], 'written to data/digits'),
-        'python tools/dataset_converters/cue_conflict.py': (
+        'python .dev_scripts/cue_conflict.py': (
             [], 'written to data/cue-conflict-digits',
         ),
         CORRUPT: ([], 'contrast: 10 images'),
@@ -214,9 +214,9 @@ COMMANDS = {
              'test_dataloader.persistent_workers=False'], '| contrast |',
         ),
         SEEDS: ([], '| digits | 2 | 0.200 ± 0.141 |'),
-        'python tools/analysis_tools/shape_bias.py work_dirs/shape_bias/csv/*.csv '
+        'python .dev_scripts/shape_bias.py work_dirs/shape_bias/csv/*.csv '
         '--out work_dirs/shape_bias/shape_bias.png': ([], '| k7 | 1 |'),
-        'python tools/analysis_tools/benchmark.py --kernel-sizes 7 53 --out work_dirs/benchmark': (
+        'python .dev_scripts/benchmark.py --kernel-sizes 7 53 --out work_dirs/benchmark': (
             ['--sizes', '32x64', '--seconds', '0.01', '--busy-is-fine'],
             'written to work_dirs/benchmark/benchmark.*',
         ),

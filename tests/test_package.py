@@ -178,6 +178,7 @@ def test_a_wheel_trains_away_from_the_clone(run, coco, tmp_path):
         assert len(files) > 10
         paths = {f'lska_mm/.mim/{path.relative_to(clone)}' for path in files}
         assert paths - names == ({NUCLEI} if folder == 'tools' else set())
+    assert 'lska_mm/py.typed' in names
     run(*pip, 'install', wheel, *offline, '--target', site)
     shutil.rmtree(clone)
 

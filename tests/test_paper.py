@@ -7,8 +7,8 @@ from torch import nn
 from conftest import load_tool
 from lska_mm import LSKAVAN
 
-paper = load_tool('tools/analysis_tools/benchmarking/paper.py')
-plain_lska_van = load_tool('tools/analysis_tools/benchmarking/plain_lska_van.py').plain_lska_van
+paper = load_tool('.dev_scripts/benchmarking/paper.py')
+plain_lska_van = load_tool('.dev_scripts/benchmarking/plain_lska_van.py').plain_lska_van
 
 
 def test_a_convolution_by_hand():

@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS, METRICS, init_default_scope
 
 from conftest import ROOT, load_tool
 
-TOOL = 'tools/analysis_tools/shape_bias.py'
+TOOL = '.dev_scripts/shape_bias.py'
 HEAD = 'subj,session,trial,rt,object_response,category,condition,imagename\n'
 shape_bias = load_tool(TOOL)
 
@@ -49,7 +49,7 @@ def test_other_files_have_no_shape_bias(run, tmp_path, text, message):
 
 
 def test_cue_conflict_has_what_its_config_wants(run, tmp_path):
-    printed = run('python', 'tools/dataset_converters/cue_conflict.py', '--out', tmp_path)
+    printed = run('python', '.dev_scripts/cue_conflict.py', '--out', tmp_path)
     assert 'train: 1442 images of 10 classes\nval: 355 images of 10 classes' in printed
     cfg = Config.fromfile(ROOT / 'demo/lska-van-tiny_cue-conflict.py')
     init_default_scope(cfg.default_scope)

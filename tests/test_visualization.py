@@ -1,9 +1,11 @@
 """What the pictures show, against closed forms; and how they are made."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -11,11 +13,12 @@ from mmengine.hooks import EMAHook
 from torch import nn
 
 from conftest import ROOT, SMALL, load_tool, small
-from lska_mm import LSKA, cli
+from lska_mm import LSKA
 from lska_mm.models.lska import ATTENTIONS
 
 erf = load_tool('tools/visualization/erf.py')
 attention = load_tool('tools/visualization/attention.py')
+load_backbone = load_tool('tools/visualization/backbones.py').load_backbone
 imagenet_c = load_tool('tools/analysis_tools/imagenet_c.py')
 
 CONFIG = f"""
@@ -48,8 +51,13 @@ def main(monkeypatch, capsys):
 
     def _main(tool, *words):
         monkeypatch.setattr('sys.argv', [f'{tool.__name__}.py', *map(str, words)])
-        code = tool.main()
-        return code, ''.join(capsys.readouterr())
+        try:
+            tool.main()
+        except SystemExit as error:
+            if error.code == 2:
+                raise
+            return 1, error.code
+        return 0, ''.join(capsys.readouterr())
 
     return _main
 
@@ -82,7 +90,7 @@ def test_averaged_weights_are_taken_and_named(files):
     hook.before_save_checkpoint(runner, checkpoint)
     torch.save(checkpoint, files / 'ema.pth')
     config = Config.fromfile(files / 'small_k11.py')
-    backbone, weights = cli.load_backbone(config, str(files / 'ema.pth'))
+    backbone, weights = load_backbone(config, str(files / 'ema.pth'))
     assert weights == 'backbone of ema.pth, averaged weights (EMA)'
     assert (backbone.norm1.bias == 4).all()  # between 0 and 8
 
@@ -108,6 +116,34 @@ def test_the_backbone_of_another_model_is_named(main, files, figure, tool):
     title = figure().get_suptitle() or figure().axes[0].get_title()
     assert 'small_k11' in title
     assert 'backbone of detector.pth' in title
+
+
+@pytest.mark.parametrize(('bands', 'color_type'), [(1, 'grayscale'), (4, 'unchanged')])
+@pytest.mark.parametrize('tool', [attention, erf])
+def test_images_of_other_bands(main, files, figure, tool, bands, color_type):
+    """Loaded and normalized as the config says, and painted as their mean."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), np.uint8)
+    image, config, out = files / 'bands/1.png', files / 'bands.py', files / 'out.png'
+    mmcv.imwrite(pixels, str(image))
+    load = dict(type='LoadImageFromFile', color_type=color_type)
+    norm = dict(type='Normalize', mean=[100.0] * bands, std=[50.0] * bands, to_rgb=False)
+    pipeline = [load, norm, dict(type='PackInputs')]
+    text = CONFIG.replace('kernel_size=11', f'kernel_size=11, in_channels={bands}')
+    text = re.sub('data_preprocessor = .*', '', text)
+    config.write_text(f'{text}test_dataloader = dict(dataset=dict(pipeline={pipeline}))\n')
+    state = small(in_channels=bands).state_dict()
+    torch.save({f'backbone.{key}': value for key, value in state.items()}, files / 'bands.pth')
+    words = [config, files / 'bands.pth', '--out', out]
+    if tool is erf:
+        code, printed = main(erf, '--model', *words, '--images', image.parent, '--size', '32x32')
+    else:
+        code, printed = main(attention, *words[:2], image, *words[2:])
+    assert code == 0, printed
+    assert is_picture(out)
+    if tool is attention:
+        painted = figure().axes[0].images[0].get_array()
+        expected = mmcv.imread(str(image), color_type).reshape(64, 64, -1)
+        assert np.allclose(painted, (expected.mean(2) - 100) / 50, atol=1e-4)
 
 
 # --- Effective receptive field -----------------------------------------------------
@@ -198,7 +234,8 @@ def test_erf_of_several_models(main, files):
     assert is_picture(out)
 
     paths = erf.find_images(files / 'images', 9)
-    images = torch.stack([torch.as_tensor(erf.read_square(path, 64)) for path in paths])
+    cfg = Config.fromfile(config)
+    images = torch.stack([erf.read_center(cfg, path, (64, 64)) for path in paths])
     square, _, _ = erf.contribution_squares(  # the weights of the checkpoint, not others
         erf.effective_receptive_field(small().eval(), images / 127.5 - 1)
     )
@@ -247,9 +284,9 @@ def test_kernel_sizes_are_for_lska(main, files):
 
 @pytest.mark.parametrize(
     ('size', 'message'),
-    [('64', "'64' is not HEIGHTxWIDTH"), ('0x0', 'not HEIGHTxWIDTH'), ('64x32', 'not a square')],
+    [('64', "'64' is not HEIGHTxWIDTH"), ('0x0', 'not HEIGHTxWIDTH')],
 )
-def test_size_is_of_a_square(main, capsys, size, message):
+def test_what_is_no_size(main, capsys, size, message):
     with pytest.raises(SystemExit, match='2'):
         main(erf, '--model', 'a.py', '--images', 'b', '--out', 'c.png', '--size', size)
     assert message in capsys.readouterr().err
@@ -310,7 +347,7 @@ def test_gate_maps_are_the_factors(deploy):
     for gate in gates:
         gate.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
     maps = attention.gate_maps(backbone, image)
-    assert [(m.stage, m.block, m.kernel_size) for m in maps] == [(1, 1, 11), (2, 0, 11)]
+    assert [(m.stage, m.block, m.kernel_size) for m in maps] == [(0, 1, 11), (1, 0, 11)]
     for gate, x, (*_, factor) in zip(gates, inputs, maps):
         expected = nn.Sequential(*gate.children())(x).abs().mean(1)[0]
         torch.testing.assert_close(factor, expected.detach())
@@ -318,7 +355,7 @@ def test_gate_maps_are_the_factors(deploy):
 
 
 def test_a_block_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match='Stage 2 has blocks 0 to 0, none 1'):
+    with pytest.raises(ValueError, match='Stage 1 has blocks 0 to 0, none 1'):
         attention.gate_maps(small().eval(), torch.rand(1, 3, 32, 32), 1)
 
 
@@ -336,8 +373,8 @@ def test_attention_in_three_tasks(main, published_file, tmp_path, config, size):
     image = ROOT / 'demo/nuclei/image.png'
     code, printed = main(attention, ROOT / config, published_file, image, '--out', out)
     assert code == 0, printed
-    assert f'| 1 | 2 | 23 | {size} |' in printed
-    assert '| 4 | 1 | 23 |' in printed
+    assert f'| 0 | 2 | 23 | {size} |' in printed
+    assert '| 3 | 1 | 23 |' in printed
     assert is_picture(out)
 
 
@@ -372,7 +409,7 @@ def test_what_is_no_image_is_named(main, published_file, tmp_path):
     out = tmp_path / 'out.png'
     code, printed = main(attention, config, published_file, config, '--out', out)
     assert code == 1
-    assert f'attention.py: {config} is not an image.' in printed
+    assert f'attention.py: {config} is not an image' in printed
 
 
 def test_only_lska_van_has_gates(main, files):
@@ -396,3 +433,11 @@ def test_every_corruption_looks_different(figure, tmp_path):
     assert axis.get_title() == 'config, checkpoint'
     looks = {(line.get_color(), line.get_marker()) for line in axis.lines}
     assert len(looks) == len(axis.lines) == 19
+
+
+@pytest.mark.parametrize('names', [['fog'], ['fog', 'spatter']])
+def test_the_legend_speaks_of_what_is_drawn(figure, tmp_path, names):
+    top1 = {name: dict.fromkeys('12345', 50.0) for name in names}
+    imagenet_c.plot(top1, 'title', tmp_path / 'out.png')
+    dashed = [line for line in figure().axes[0].lines if line.get_linestyle() == '--']
+    assert ('dashed' in figure().legends[0].get_title().get_text()) == bool(dashed)

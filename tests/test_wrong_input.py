@@ -8,6 +8,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.onnx.utils import export
 
 from conftest import ROOT, published_state
 from lska_mm.weights.convert import convert
@@ -35,6 +37,13 @@ def weights(published_file, tmp_path_factory):
     bands = published_state()
     bands[FIRST] = bands[FIRST][:, [0, 1, 2, 0]]
     torch.save(bands, folder / 'bands.pth')
+    classifier = nn.Sequential(nn.Conv2d(4, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for name, graph, bands in (('bands', classifier, 4), ('maps', nn.Conv2d(3, 2, 1), 3)):
+        axes = dict(images={0: 'b', 2: 'h', 3: 'w'}, logits={0: 'b', 2: 'h', 3: 'w'})
+        if name == 'bands':
+            axes['logits'] = {0: 'b'}
+        export(graph, (torch.rand(1, bands, 8, 8),), str(folder / f'{name}.onnx'),
+               input_names=['images'], output_names=['logits'], dynamic_axes=axes)  # fmt: skip
     convert(str(published_file), folder / 'same.pth', lambda state, meta: (state, []))
     return folder
 
@@ -72,31 +81,30 @@ TOOLS = {
     'visualization/attention.py': 'CONFIG CHECKPOINT IMAGE --out out/new.png',
     'visualization/erf.py': '--model CONFIG CHECKPOINT --images FOLDER --out out/new.png',
     'analysis_tools/imagenet_c.py': 'CONFIG CHECKPOINT corrupted --work-dir work',
-    'analysis_tools/shape_bias.py': 'CSV --out out/new.png',
-    'analysis_tools/seeds.py': 'WORK_DIR',
     'dataset_converters/imagenet_c.py': 'FOLDER --out out --corruptions fog',
     'dataset_converters/nuclei.py': 'FOLDER --out out',
+    '../.dev_scripts/shape_bias.py': 'CSV --out out/new.png',
+    '../.dev_scripts/seeds.py': 'WORK_DIR',
 }
 WRONG = {
     'CONFIG': {
-        'folder': 'folder is a folder, not a config file.',
-        'missing.py': 'No config at missing.py.',
-        'config': 'No config at config. There is config.py.',
+        'folder': 'folder" does not exist',
+        'missing.py': 'missing.py',
     },
     'CHECKPOINT': {
         'folder': 'folder is a folder; name a checkpoint file in it.',
-        'missing.pth': 'No checkpoint at missing.pth. ',
+        'missing.pth': 'No checkpoint at missing.pth.',
         'text.txt': 'text.txt is damaged, or not a checkpoint',
         'empty': 'empty is damaged, or not a checkpoint',
         'other.pth': 'other.pth',
     },
     'IMAGE': {
-        'folder': 'No image at folder.',
-        'missing.png': 'No image at missing.png.',
-        'text.txt': 'text.txt is not an image.',
-        'empty': 'empty is not an image.',
+        'folder': "Is a directory: 'folder'",
+        'missing.png': "No such file or directory: 'missing.png'",
+        'text.txt': 'text.txt is not an image',
+        'empty': 'empty is not an image',
     },
-    'FOLDER': {'missing': 'missing', 'folder': 'folder', 'texts': 'image.png is not an image.'},
+    'FOLDER': {'missing': 'missing', 'folder': 'folder', 'texts': 'image.png is not an image'},
     'CSV': {
         'folder': 'No CSV file at folder.',
         'missing.csv': 'No CSV file at missing.csv.',
@@ -119,8 +127,12 @@ CELLS = [
 ]
 # Arguments of which each is what it should be, but not for this tool.
 NOT_DEPLOYED = 'in_channels=3, deploy=True), this backbone is'
+WRONG_BACKBONE = 'cannot be loaded into the backbone of the config'
 OTHER_TASK = 'tensors are missing (first: head.fc.weight)'
 KERNELS = '--kernel-sizes 23 24 --out out'
+ERF = '--model CONFIG --images FOLDER --out out/new.png'
+ATTENTION = 'CONFIG CHECKPOINT IMAGE --out out/new.png'
+QUANTIZE, DEPLOYED = 'deployment/quantize.py', 'deployment/test.py'
 REFUSED = [
     ('test.py', 'CONFIG deployed.pth', NOT_DEPLOYED),
     ('test.py', 'CONFIG segmentor.pth', OTHER_TASK),
@@ -135,11 +147,27 @@ REFUSED = [
     (CONVERT, 'CHECKPOINT out/new.pth --kernel-size 24', 'kernel_size=24 cannot be split'),
     (CONVERT, 'CHECKPOINT out/new.pth --separate', 'The kernels are 1-D already'),
     ('analysis_tools/compare_kernels.py', KERNELS, 'kernel_size=24 cannot be split'),
-    ('analysis_tools/benchmark.py', KERNELS, 'kernel_size=24 cannot be split'),
+    ('analysis_tools/compare_kernels.py', '--size 32x32 --out out', 'larger than 32x32'),
+    ('analysis_tools/compare_kernels.py', '--out text.txt', "File exists: 'text.txt'"),
+    ('visualization/erf.py', f'{ERF} --device gpu', "argument --device: 'gpu': "),
+    ('visualization/erf.py', f'{ERF} --device cuda:99', "argument --device: 'cuda:99': "),
+    ('visualization/attention.py', f'{ATTENTION} --device meta', "argument --device: 'meta': "),
+    ('visualization/erf.py', ERF.replace('out/new', 'text.txt/new'), "xists: 'text.txt'"),
+    ('visualization/attention.py', 'CONFIG other.pth IMAGE --out out/new.png', WRONG_BACKBONE),
+    ('test.py', 'NUCLEI segmentor.pth --out out.pkl', '--out of a segmentor names a folder'),
+    (QUANTIZE, 'CONFIG empty out/new.onnx', 'empty is not an ONNX file.'),
+    (QUANTIZE, 'CONFIG text.txt out/new.onnx', 'text.txt is not an ONNX file.'),
+    (QUANTIZE, 'CONFIG bands.onnx out/new.onnx', 'bands.onnx does not take the images: '),
+    (DEPLOYED, 'CONFIG empty', 'onnxruntime cannot open empty: '),
+    (DEPLOYED, 'CONFIG maps.onnx', 'gives logits of [0, 2, 0, 0], the config'),
+    (DEPLOYED, 'CONFIG bands.onnx', 'bands.onnx does not take ('),
+    (DEPLOYED, 'NUCLEI bands.onnx', 'gives logits of [0, 10], the config'),
+    ('../.dev_scripts/benchmark.py', KERNELS, 'kernel_size=24 cannot be split'),
+    ('../.dev_scripts/benchmark.py', '--out text.txt', "File exists: 'text.txt'"),
 ]
 MISSING = [
-    ('analysis_tools/benchmark.py', '--onnx --out out', 'onnxruntime'),
-    ('analysis_tools/benchmark.py', '--openvino --out out', 'openvino'),
+    ('../.dev_scripts/benchmark.py', '--onnx --out out', 'onnxruntime'),
+    ('../.dev_scripts/benchmark.py', '--openvino --out out', 'openvino'),
     ('deployment/export_onnx.py', 'CONFIG CHECKPOINT out/new.onnx', 'onnx'),
 ]
 
@@ -151,7 +179,7 @@ def refuse(files, published_file, monkeypatch, capsys):
     def _refuse(tool, words, **changed):
         [same] = files.glob('same-*.pth')
         known = dict(CONFIG=DIGITS, CHECKPOINT=published_file, IMAGE=IMAGE, FOLDER=IMAGE.parent,
-                     SAME=same.name)  # fmt: skip
+                     SAME=same.name, NUCLEI=NUCLEI)  # fmt: skip
         name = tool.rpartition('/')[2]
         arguments = [str({**known, **changed}.get(word, word)) for word in words.split()]
         monkeypatch.setattr(sys, 'argv', [name, *arguments])
@@ -159,7 +187,8 @@ def refuse(files, published_file, monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit_:
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
         assert exit_.value.code
-        printed = f'{capsys.readouterr().err}\n{exit_.value.code}'.removesuffix('\n1')
+        code = exit_.value.code  # 2: argparse has printed the line
+        printed = capsys.readouterr().err if code == 2 else code
         last = printed.strip().splitlines()[-1]
         assert last.startswith(f'{name}: ')
         assert not list(files.glob('out/*.*'))

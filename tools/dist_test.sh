@@ -3,8 +3,8 @@
 #   bash tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]
 # On several machines, on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash ...
 set -euo pipefail
-if [ $# -lt 3 ]; then
-    echo "usage: bash $0 CONFIG CHECKPOINT GPUS [arguments of test.py]" >&2
+if [ $# -lt 3 ] || [[ ! $3 =~ ^([1-9][0-9]*|auto|cpu|gpu)$ ]]; then
+    echo "usage: bash $0 CONFIG CHECKPOINT GPUS [arguments of test.py], GPUS a number" >&2
     exit 2
 fi
 

@@ -5,8 +5,8 @@
 # MAX_RESTARTS=3 starts the processes anew after an error; with --resume they go
 # on from the last checkpoint.
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    echo "usage: bash $0 CONFIG GPUS [arguments of train.py]" >&2
+if [ $# -lt 2 ] || [[ ! $2 =~ ^([1-9][0-9]*|auto|cpu|gpu)$ ]]; then
+    echo "usage: bash $0 CONFIG GPUS [arguments of train.py], GPUS a number" >&2
     exit 2
 fi
 

@@ -19,6 +19,7 @@ from mmengine.registry import METRICS
 
 from lska_mm.cli import base_parser, build_runner, load_config, report_errors, toolbox
 from lska_mm.engine.hooks import CheckWeightsHook
+from lska_mm.weights.loader import find_checkpoint
 from lska_mm.weights.names import CheckpointError
 
 # Each toolbox has its own way to dump predictions, and to flip images.
@@ -101,11 +102,13 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     scope = toolbox(cfg)
-    cfg.load_from = args.checkpoint
+    cfg.load_from = find_checkpoint(args.checkpoint)
     cfg.resume = False
     if args.tta:
         enable_tta(cfg)
     if args.out and scope == 'mmseg':
+        if Path(args.out).suffix in ('.pkl', '.pickle', '.json'):
+            raise NotADirectoryError(f'--out of a segmentor names a folder, not {args.out}.')
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     paint = args.show_dir and scope in ('mmseg', 'mmpretrain')
     if args.show or (args.show_dir and not paint):

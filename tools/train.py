@@ -9,6 +9,7 @@ Does what the own tool of the config's toolbox does.
 import sys
 
 from lska_mm.cli import base_parser, build_runner, load_config, report_errors, toolbox
+from lska_mm.weights.loader import find_checkpoint
 from lska_mm.weights.names import CheckpointError
 
 
@@ -50,7 +51,7 @@ def main() -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.load_from = None if args.resume == 'auto' else find_checkpoint(args.resume)
     build_runner(cfg).train()
 
 

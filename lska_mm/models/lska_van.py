@@ -88,6 +88,10 @@ class LSKAVAN(BaseModule):
         self.kernel_size = kernel_size
         self.out_indices = parse_out_indices(out_indices, len(self.arch['depths']))
         self.num_stages = max(self.out_indices) + 1
+        sizes = {**self.arch, 'in_channels': [in_channels], 'patch_sizes': patch_sizes}
+        for name in ('embed_dims', 'ffn_ratios', 'in_channels', 'patch_sizes'):
+            if min(sizes[name]) <= 0:
+                raise ValueError(f'{name}={sizes[name]} must be positive.')
         if not -1 <= frozen_stages < self.num_stages:
             raise ValueError(
                 f'frozen_stages={frozen_stages} is out of range; the backbone '

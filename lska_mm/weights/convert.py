@@ -13,7 +13,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from .loader import load_from_local
+from .loader import find_checkpoint, load_from_local
 from .match import PUBLISHED, compare, first_stages, read_state, signature
 from .names import CheckpointError, get_state_dict
 
@@ -33,7 +33,7 @@ def convert(
         CheckpointError: If there is no LSKA-VAN in the file, or not a whole one.
         FileExistsError: If the file to write is ``source``.
     """
-    content = load_from_local(source, 'cpu')
+    content = load_from_local(find_checkpoint(source), 'cpu')
     tensors = get_state_dict(content)
     state = read_whole(tensors, source)
     print(f'found {signature(state)}, {len(state)} tensors')

@@ -35,7 +35,14 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         CheckpointError: If the file is damaged, or names functions that could
             run code; setting ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` trusts it.
     """
-    path = find_checkpoint(filename)
+    try:
+        path = find_checkpoint(filename)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f'{error} Put the weights there, or name others: in a config '
+            'model.backbone.init_cfg.checkpoint (None starts from random weights) or load_from. '
+            'Our configs look in the folder of LSKA_PRETRAINED, or "pretrained".'
+        ) from None
     trusted, distrusted = (
         os.environ.get(name, '').lower() in ('1', 'y', 'yes', 'true') for name in (TRUST, DISTRUST)
     )
@@ -69,20 +76,18 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 
 def find_checkpoint(filename: str) -> str:
-    """Return the path of a file.
+    """Return the path of a file, or the URL that a command line may give in its place.
 
     Raises:
-        OSError: If there is none; says where weights are looked for.
+        OSError: If there is none.
     """
+    if '://' in str(filename):
+        return filename
     path = os.path.expanduser(filename)
     if os.path.isdir(path):
         raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
     if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f'No checkpoint at {path}. Put the weights there, or name others: in a config '
-            'model.backbone.init_cfg.checkpoint (None starts from random weights) or load_from. '
-            'Our configs look in the folder of LSKA_PRETRAINED, or "pretrained".'
-        )
+        raise FileNotFoundError(f'No checkpoint at {path}.')
     return path
 
 

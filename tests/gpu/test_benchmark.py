@@ -4,7 +4,7 @@ import json
 
 CODE = """
 import sys
-sys.path.insert(0, 'tools/analysis_tools')
+sys.path.insert(0, '.dev_scripts')
 from pathlib import Path
 from benchmarking.gpu import Case, run
 from benchmarking.plain_lska_van import PlainLSKAVAN

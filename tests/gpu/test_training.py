@@ -9,8 +9,8 @@ from mmengine.config import Config
 from conftest import ROOT, load_tool
 from lska_mm import LSKAVAN
 
-counting = load_tool('tools/analysis_tools/benchmarking/counting.py')
-plain_lska_van = load_tool('tools/analysis_tools/benchmarking/plain_lska_van.py').plain_lska_van
+counting = load_tool('tools/analysis_tools/counting.py')
+plain_lska_van = load_tool('.dev_scripts/benchmarking/plain_lska_van.py').plain_lska_van
 
 DIGITS = {
     'fp16': "optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic')",

@@ -63,7 +63,7 @@ def test_every_way_gives_the_published_outputs(deploy, grad, layout):
 
 def test_gradients_are_those_of_the_plain_implementation():
     """Of each parameter, in double precision there."""
-    tool = load_tool('tools/analysis_tools/benchmarking/plain_lska_van.py')
+    tool = load_tool('.dev_scripts/benchmarking/plain_lska_van.py')
     expected = tool.plain_lska_van('tiny', 23).double().eval()
     expected.load_state_dict({key: value.double() for key, value in published_state().items()})
     backbone, image, found = published(out_indices=(0, 1, 2, 3)), reference_image(), []

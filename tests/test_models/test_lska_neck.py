@@ -5,7 +5,7 @@ from mmengine.registry import MODELS
 from conftest import load_tool
 from lska_mm import LSKANeck
 
-Attention = load_tool('tools/analysis_tools/benchmarking/plain_lska_van.py').Attention
+Attention = load_tool('.dev_scripts/benchmarking/plain_lska_van.py').Attention
 
 SIZES = [(9, 13), (5, 7), (1, 1)]
 

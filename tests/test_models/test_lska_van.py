@@ -141,6 +141,10 @@ def test_kernel_size_of_each_stage():
         (dict(out_indices=()), 'out_indices'),
         (dict(frozen_stages=2), 'stages 0 to 1'),
         (dict(attention='SE'), "attention='SE' is unknown"),
+        (dict(in_channels=0), r'in_channels=\[0\] must be positive'),
+        (dict(patch_sizes=(7, 0)), 'patch_sizes=.7, 0. must be positive'),
+        (dict(arch={**SMALL, 'embed_dims': [8, 0]}), 'embed_dims=.* must be positive'),
+        (dict(arch={**SMALL, 'ffn_ratios': [-1, 1]}), 'ffn_ratios=.* must be positive'),
     ],
 )
 def test_bad_arguments(kwargs, message):

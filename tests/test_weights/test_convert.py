@@ -1,5 +1,6 @@
 """The converters on backbones of every kind of norm, MLP ratio and number of bands."""
 
+import contextlib
 import sys
 from itertools import product
 
@@ -55,13 +56,11 @@ def convert(monkeypatch, capsys):
         tool = folding if arguments is None or '--norm-eps' in arguments else converter
         words = ['tool', path, path.with_name('converted.pth'), *(arguments or [])]
         monkeypatch.setattr(sys, 'argv', [str(word) for word in words])
-        code = tool.main()
-        printed = capsys.readouterr()
-        if code == 0:
-            return written_file(printed.out)
-        assert code == 1
+        with contextlib.suppress(SystemExit):
+            tool.main()
+            return written_file(capsys.readouterr().out)
         assert list(path.parent.iterdir()) == [path]
-        return printed.err.splitlines()[-1]
+        return capsys.readouterr().err.splitlines()[-1]
 
     return _convert
 

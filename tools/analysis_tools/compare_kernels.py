@@ -1,16 +1,15 @@
 """Compare gates and kernel sizes: what they cost, and how far they see.
 
     python tools/analysis_tools/compare_kernels.py [--arch tiny] [--attentions LSKA LKA]
-        [--kernel-sizes 7 23 53] [--no-time] --out DIR
+        [--kernel-sizes 7 23 53] [--time] --out DIR
 
 DIR takes compare_kernels.md, .csv, .json and .png. A row is a classifier of 1000
 classes:
 
     parameters       of the whole, with the head
     multiply-adds    of convolutions and matrix products, for one image of --size
-    ms, ±            an inference with one image: median and spread, measured in turns
-                     with all others and under the conditions of benchmark.py;
-                     --no-time leaves them out, for machines that are busy
+    ms, ±            with --time, an inference with one image: the median, and half the
+                     interquartile range over it; let nothing else run
     training MiB     what is kept of one image for the backward pass
     gate sees        side of what a gate sees of its map: its kernel size
     network sees     side of what a point of the last map may depend on, in pixels
@@ -24,28 +23,18 @@ import argparse
 import csv
 import itertools
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+from torch.utils.benchmark import Timer
 
-from benchmark import (
-    BusyError,
-    WideSpreadError,
-    add_limits,
-    calmly,
-    check_idle,
-    keep_heap,
-    make_step,
-    median_and_spread,
-    time_all,
-)
-from benchmarking.counting import Classifier, count_costs, saved_bytes
-from benchmarking.report import busy_note
+from counting import Classifier, count_costs, saved_bytes
 from lska_mm import LSKAVAN
-from lska_mm.cli import init_quietly, make_parser, markdown, report_errors, size
+from lska_mm.cli import markdown, report_errors, size
 from lska_mm.models.archs import ARCHS
 from lska_mm.models.lska import ATTENTIONS, split_kernel
 
@@ -57,6 +46,7 @@ from matplotlib import pyplot as plt
 
 NOISE = (4, 3, 256, 256)  # images for the effective receptive field
 SHARES = (0.5, 0.99)
+SECONDS = 1  # of measuring a time
 # Key of a row: its column's head, and how a cell is written.
 COLUMNS = dict(
     attention=('gate', str),
@@ -97,7 +87,9 @@ def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) ->
     torch.manual_seed(0)
     model = Classifier(arch, kernel_size, attention)
     backbone = model.backbone
-    init_quietly(backbone)
+    logging.disable(logging.INFO)  # a line for each parameter
+    backbone.init_weights()
+    logging.disable(logging.NOTSET)
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
     field = effective_receptive_field(backbone.eval(), noise)
     half, nearly_all = contribution_squares(field, SHARES)
@@ -113,23 +105,14 @@ def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) ->
     )
 
 
-def measure(args: argparse.Namespace, rows: list[dict]) -> None:
-    """Add the times of an inference to the rows; all in turns.
-
-    Raises:
-        WideSpreadError: If times vary too much.
-    """
-    image = torch.rand(1, 3, *args.size)
-    steps = {}
-    for row in rows:
-        model = Classifier(args.arch, row['kernel_size'], row['attention']).eval()
-        steps[row['attention'], row['kernel_size']] = make_step(
-            model, image, train=False, dtype=None
-        )
-    times, _ = time_all(steps, args.seconds * len(steps))
-    for row, ((attention, k), values) in zip(rows, times.items()):
-        name = f'{attention}, {args.arch} k={k}'
-        row['milliseconds'], row['spread'] = median_and_spread(name, values, args.max_spread)
+def measure(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The times of a row."""
+    model = Classifier(arch, kernel_size, attention).eval()
+    variables = dict(model=model, image=torch.rand(1, 3, *size))
+    timer = Timer('model(image)', globals=variables, num_threads=torch.get_num_threads())
+    with torch.no_grad():
+        measured = timer.blocked_autorange(min_run_time=SECONDS)
+    return dict(milliseconds=1e3 * measured.median, spread=measured.iqr / 2 / measured.median)
 
 
 def make_table(rows: list[dict]) -> str:
@@ -165,39 +148,31 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-@report_errors(BusyError, OSError, ValueError, WideSpreadError)
+@report_errors(OSError, ValueError)
 def main() -> None:
-    parser = make_parser('Compare gates and kernel sizes')
+    parser = argparse.ArgumentParser(description='Compare gates and kernel sizes')
     parser.add_argument('--arch', default='tiny', choices=list(ARCHS))
     parser.add_argument('--attentions', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
-    parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 11, 23, 35, 53, 65])
-    parser.add_argument('--size', type=size, default='224x224', metavar='HEIGHTxWIDTH')
-    parser.add_argument('--no-time', action='store_true', help='measure no times')
-    parser.add_argument('--seconds', type=float, default=2, help='of measuring, for each row')
-    add_limits(parser)
+    parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 23, 53])
+    parser.add_argument('--size', type=size, default='224x224', metavar='HEIGHTxWIDTH',
+                        help='of the image, larger than 32x32 (default: %(default)s)')  # fmt: skip
+    parser.add_argument('--time', action='store_true', help='measure times, too')
     parser.add_argument('--out', type=Path, required=True, help='folder for tables and plot')
     args = parser.parse_args()
+    if max(args.size) <= 32:
+        parser.error('--size must be larger than 32x32, whose last map has no second point')
     for k in args.kernel_sizes:  # an invalid one is named before minutes of work
         split_kernel(k)
-    try:
-        if not args.no_time:
-            state = check_idle(args)
-        rows = []
-        for attention, k in itertools.product(args.attentions, args.kernel_sizes):
-            rows.append(count(args.arch, k, attention, args.size))
-            print(f'counted: {attention}, k={k}', flush=True)
-        if not args.no_time:
-            keep_heap()
-            print(f'timing all in turns: {args.seconds * len(rows):.0f} s', flush=True)
-            calmly(measure, args, rows)
-            rows = [row | state for row in rows]
-    except (BusyError, WideSpreadError) as error:
-        raise type(error)(f'{error} Or leave the times out with --no-time.') from None
     args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for attention, k in itertools.product(args.attentions, args.kernel_sizes):
+        place = args.arch, k, attention, args.size
+        rows.append(count(*place) | (measure(*place) if args.time else {}))
+        print(f'{attention}, k={k}', flush=True)
     out = args.out / 'compare_kernels'
     title = f'{args.arch}, {args.size[0]} x {args.size[1]} pixels'
     columns = [key for key in COLUMNS if key in rows[0]]
-    table = busy_note(rows) + make_table(rows)
+    table = make_table(rows)
     out.with_suffix('.md').write_text(f'{table}\n')
     out.with_suffix('.json').write_text(json.dumps(rows, indent=1))
     with out.with_suffix('.csv').open('w', newline='') as file:

@@ -131,7 +131,8 @@ def plot(accuracies: Accuracies, title: str, path: Path) -> None:
     axis.set_title(textwrap.fill(title, 80), fontsize=11)
     axis.set(xticks=list(SEVERITIES), xlabel='severity', ylabel='top-1 (%)', ylim=(-2, 102))
     axis.grid(alpha=0.3)
-    figure.legend(loc='outside right upper', fontsize='small', title='dashed: extra ones')
+    title = 'dashed: extra ones' if set(accuracies) & set(EXTRA) else None
+    figure.legend(loc='outside right upper', fontsize='small', title=title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -18,7 +18,7 @@ import numpy as np
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
-from lska_mm.cli import make_parser, read_image, report_errors, square
+from lska_mm.cli import make_parser, read_image, report_errors, size
 
 SEVERITIES = range(1, 6)
 MIN_SIZE = 32  # of imagecorruptions
@@ -80,7 +80,7 @@ def convert(args: argparse.Namespace) -> None:
     images = find_images(args.source, args.per_class)
     for corruption in args.corruptions or known:
         for path in images:
-            image = read_square(path, args.size)
+            image = read_square(path, args.size[0])
             for severity in SEVERITIES:
                 np.random.seed(zlib.crc32(f'{corruption}{severity}{path.name}'.encode()))
                 corrupted = package.corrupt(image, severity, corruption)
@@ -96,14 +96,15 @@ def main() -> None:
     parser.add_argument('source', type=Path, help='folder of classes')
     parser.add_argument('--out', type=Path, required=True, help='output folder')
     parser.add_argument(
-        '--size', type=square, default='224x224', metavar='HEIGHTxWIDTH',
+        '--size', type=size, default='224x224', metavar='HEIGHTxWIDTH',
         help='of the images: a square, cut from the center',
     )  # fmt: skip
     parser.add_argument('--per-class', type=int, help='take only so many images of a class')
     parser.add_argument('--corruptions', nargs='+', help='take only these; all 19 by default')
     args = parser.parse_args()
-    if args.size < MIN_SIZE:
-        parser.error(f'--size must be {MIN_SIZE}x{MIN_SIZE} or more')
+    height, width = args.size
+    if not MIN_SIZE <= height == width:
+        parser.error(f'--size must be a square of {MIN_SIZE}x{MIN_SIZE} or more')
     convert(args)
 
 

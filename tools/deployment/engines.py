@@ -52,7 +52,8 @@ def open_engine(name: str, path: Path, precision: str = 'f32', threads: int = 0)
         threads: 0 leaves their number to the engine.
 
     Returns:
-        A function from images (B, C, H, W) to the outputs.
+        A function from images (B, C, H, W) to the outputs; raises a RuntimeError if the
+        graph does not take them.
 
     Raises:
         OSError: If there is no such file.
@@ -64,11 +65,20 @@ def open_engine(name: str, path: Path, precision: str = 'f32', threads: int = 0)
     if not path.is_file():
         raise FileNotFoundError(f'No exported model at {path}.')
     try:
-        return ENGINES[name](path, precision, threads)
+        run = ENGINES[name](path, precision, threads)
     except ValueError:
         raise
     except Exception as error:  # each engine has its own
         raise RuntimeError(f'{name} cannot open {path}: {str(error).splitlines()[0]}') from None
+
+    def infer(images: np.ndarray) -> list[np.ndarray]:
+        try:
+            return run(images)
+        except Exception as error:
+            line = str(error).splitlines()[0]
+            raise RuntimeError(f'{path} does not take {images.shape}: {line}') from None
+
+    return infer
 
 
 def quantize(source: Path, images: Iterator[np.ndarray], target: Path) -> None:
@@ -80,20 +90,24 @@ def quantize(source: Path, images: Iterator[np.ndarray], target: Path) -> None:
         target: File to write.
 
     Raises:
-        ValueError: If ``source`` is not an exported file, or is quantized already.
+        ValueError: If ``source`` is not an exported file, is quantized already, or does not
+            take the images.
     """
     import onnx
     from google.protobuf.message import DecodeError
     from onnxruntime import quantization
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     try:
         proto = onnx.load(source)
-    except DecodeError:
+        name = proto.graph.input[0].name
+    except (DecodeError, IndexError):
         raise ValueError(f'{source} is not an ONNX file.') from None
     if any(node.op_type == 'QuantizeLinear' for node in proto.graph.node):
         raise ValueError(f'{source} is quantized already.')
-    inputs = ({proto.graph.input[0].name: image} for image in images)
+
+    inputs = ({name: image} for image in images)
 
     class Reader(quantization.CalibrationDataReader):
         def get_next(self):
@@ -103,14 +117,19 @@ def quantize(source: Path, images: Iterator[np.ndarray], target: Path) -> None:
         prepared = Path(folder, 'prepared.onnx')
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         logging.disable(logging.WARNING)  # it advises to do what was just done
-        quantization.quantize_static(
-            prepared, target, Reader(),
-            quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            op_types_to_quantize=['Conv', 'MatMul', 'Gemm'],
-        )  # fmt: skip
-        logging.disable(logging.NOTSET)
+        try:
+            quantization.quantize_static(
+                prepared, target, Reader(),
+                quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                op_types_to_quantize=['Conv', 'MatMul', 'Gemm'],
+            )  # fmt: skip
+        except InvalidArgument as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(f'{source} does not take the images: {line}') from None
+        finally:
+            logging.disable(logging.NOTSET)
     written = onnx.load(target)
     written.metadata_props.extend(proto.metadata_props)
     onnx.save(written, target)

@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument('--num-images', type=int, default=32, help='training images to look at')
     add_cfg_options(parser)
     args = parser.parse_args()
-    cfg = read_config(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     if not args.model.is_file():
         raise FileNotFoundError(f'No exported model at {args.model}.')
     if args.save_path.exists() and args.save_path.samefile(args.model):

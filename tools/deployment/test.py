@@ -19,11 +19,16 @@ from engines import ENGINES, Inference, open_engine
 from lska_mm.cli import base_parser, build_runner, load_config, report_errors
 
 
-def run_in_engine(runner: Runner, infer: Inference) -> None:
+def run_in_engine(runner: Runner, infer: Inference, shape: list[int]) -> None:
     """Replace what computes the logits of the Runner's model.
 
+    Args:
+        runner: Of the config.
+        infer: Returns the logits of a batch.
+        shape: Of the logits, 0 where it varies.
+
     Raises:
-        ValueError: If the model is neither a classifier nor a segmentor.
+        ValueError: If the model is neither a classifier nor a segmentor, or has other logits.
     """
 
     def logits(images: Tensor, *more) -> Tensor:
@@ -32,11 +37,18 @@ def run_in_engine(runner: Runner, infer: Inference) -> None:
     model = runner.model
     if hasattr(model, 'encode_decode'):
         model.encode_decode = logits
+        expected = [0, model.out_channels, 0, 0]
     elif hasattr(model, 'head') and hasattr(model.head, 'predict'):
         model.extract_feat = lambda images, *more, **how: images
         model.head.forward = logits
+        expected = [0, model.head.num_classes]
     else:
         raise ValueError(f'{type(model).__name__} is neither a classifier nor a segmentor.')
+    if len(shape) != len(expected) or shape[1] not in (0, expected[1]):
+        raise ValueError(
+            f"The exported model gives logits of {shape}, the config's {type(model).__name__} of "
+            f'{expected} (0: any).'
+        )
 
 
 def load(args: argparse.Namespace) -> Config:
@@ -57,11 +69,12 @@ def main() -> None:
                         help='of OpenVINO; 8-bit files are so in both')  # fmt: skip
     args = parser.parse_args()
     infer = open_engine(args.engine, args.model, args.precision)
-    outputs = [output.name for output in onnx.load(args.model).graph.output]
-    if outputs != ['logits']:
+    outputs = {output.name: output for output in onnx.load(args.model).graph.output}
+    if list(outputs) != ['logits']:
         raise ValueError(f'{args.model} gives {", ".join(outputs)}, not logits alone.')
+    shape = [size.dim_value for size in outputs['logits'].type.tensor_type.shape.dim]
     runner = build_runner(load(args))
-    run_in_engine(runner, infer)
+    run_in_engine(runner, infer, shape)
     runner.test()
 
 

@@ -5,10 +5,10 @@
 A gate multiplies each pixel of each channel by a factor that it computes from a
 neighborhood of kernel_size x kernel_size. Drawn is the factor's absolute value,
 averaged over the channels, relative to its mean over the image: 1 is the average,
-2 is amplified twice as much. There is a panel for each stage, of its last block or
-of the one that --block names, with its own scale: compare the numbers, not the
-colors, of two panels. Printed is what the picture leaves out: the size of the maps,
-and the absolute factors.
+2 is amplified twice as much. There is a panel for each stage, counted from 0 as out_indices counts
+them, of its last block or of the one that --block names, with its own scale: compare
+the numbers, not the colors, of two panels. Printed is what the picture leaves out: the
+size of the maps, and the absolute factors.
 
 The config may be a detector's, a segmentor's or a classifier's with the backbone
 LSKAVAN; the image goes through its test pipeline. The checkpoint may be of any
@@ -24,21 +24,17 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from mmcv.transforms import Compose
-from mmengine.config import Config
-from mmengine.registry import TRANSFORMS
 from torch import Tensor
 
+from backbones import device, load_backbone, read
 from lska_mm import LSKA, LSKAVAN
 from lska_mm.cli import (
     add_cfg_options,
-    load_backbone,
     make_parser,
     markdown,
     normalize,
     png,
     read_config,
-    read_image,
     report_errors,
 )
 from lska_mm.weights.names import CheckpointError
@@ -49,7 +45,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 class GateMap(NamedTuple):
-    """The factor of one gate: its place, and its map (H', W')."""
+    """The factor of one gate: its place, counted from 0, and its map (H', W')."""
 
     stage: int
     block: int
@@ -78,8 +74,8 @@ def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap
         handles.append(gate.conv1.register_forward_hook(hook))
 
     try:
-        for stage in range(1, backbone.num_stages + 1):
-            blocks = getattr(backbone, f'block{stage}')
+        for stage in range(backbone.num_stages):
+            blocks = getattr(backbone, f'block{stage + 1}')
             if not -len(blocks) <= block < len(blocks):
                 raise ValueError(f'Stage {stage} has blocks 0 to {len(blocks) - 1}, none {block}.')
             index = block % len(blocks)
@@ -90,24 +86,6 @@ def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap
         for handle in handles:
             handle.remove()
     return maps
-
-
-def preprocess(cfg: Config, path: Path) -> Tensor:
-    """An image after the config's test pipeline: (3, H, W) in BGR, 0 to 255.
-
-    Raises:
-        OSError: If there is none, or the file is not one.
-        ValueError: If the config has no pipeline for tests.
-    """
-    read_image(path)  # or an error that names it
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:  # RepeatDataset and the like
-        dataset = dataset['dataset']
-    if 'pipeline' not in dataset:
-        raise ValueError(f'{cfg.filename} has no test_dataloader.dataset.pipeline.')
-    steps = [step for step in dataset['pipeline'] if 'Annotations' not in step['type']]
-    pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-    return pipeline(dict(img_path=str(path), img_id=0))['inputs']
 
 
 def make_table(maps: list[GateMap]) -> str:
@@ -122,17 +100,21 @@ def make_table(maps: list[GateMap]) -> str:
 
 
 def plot(image: Tensor, maps: list[GateMap], title: str, path: Path) -> None:
-    """The image (3, H, W) in BGR, and a panel for each gate with its own color bar."""
-    picture = image.flip(0).permute(1, 2, 0).numpy().astype(np.uint8)
-    height, width = picture.shape[:2]
+    """The image (C, H, W), BGR of three bytes or a mean, and a panel for each gate.
+
+    Each has its own color bar.
+    """
+    bands, height, width = image.shape
+    in_colors = bands == 3 and image.dtype == torch.uint8
+    picture = image.flip(0).permute(1, 2, 0) if in_colors else image.float().mean(0)
     panels, ratio = len(maps) + 1, max(width / height, 0.35)
     # Beside each other; those of a wide image one above the other.
     rows, columns, side = (1, panels, 2.6) if ratio < 2 else (panels, 1, 9.0 / ratio)
     figsize = ((side * ratio + 0.8) * columns, (side + 0.4) * rows + 0.7)  # inches
     figure, axes = plt.subplots(rows, columns, figsize=figsize, layout='compressed')
     figure.suptitle(textwrap.fill(title, int(12 * figsize[0])), fontsize=10)
-    axes[0].imshow(picture)
-    axes[0].set_title('image', fontsize=9)
+    axes[0].imshow(picture, cmap='gray')  # which is of the mean
+    axes[0].set_title(f'mean of {bands} bands' if bands > 3 else 'image', fontsize=9)
     for axis, gate in zip(axes[1:], maps):
         relative = (gate.factor / gate.factor.mean()).numpy()
         low, high = np.quantile(relative, (0.005, 0.995))
@@ -157,21 +139,20 @@ def draw(args: argparse.Namespace) -> str:
     Raises:
         CheckpointError, OSError, ValueError: Say what is wrong.
     """
-    cfg = read_config(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     backbone, weights = load_backbone(cfg, args.checkpoint)
     if not isinstance(backbone, LSKAVAN):
         raise ValueError(f'The backbone is {type(backbone).__name__}; drawn are gates of LSKAVAN.')
-    image = preprocess(cfg, args.image)
-    maps = gate_maps(backbone.to(args.device), normalize(image[None], cfg).to(args.device),
-                     args.block)  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    image = read(cfg, args.image)['inputs']
+    inputs = normalize(image[None], cfg).to(args.device)
+    maps = gate_maps(backbone.to(args.device), inputs, args.block)
     title = f'{Path(args.config).stem}, {weights}'
     plot(image, maps, title, args.out)
     return f'{title}\n\n{make_table(maps)}'
 
 
-@report_errors(CheckpointError, OSError, ValueError)
+@report_errors(CheckpointError, OSError, RuntimeError, ValueError)
 def main() -> None:
     parser = make_parser('Draw what the gates look at')
     parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
@@ -180,7 +161,7 @@ def main() -> None:
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     parser.add_argument('--block', type=int, default=-1,
                         help='of each stage, negative from the end')  # fmt: skip
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--device', type=device, default='cpu')
     add_cfg_options(parser)
     args = parser.parse_args()
     print(f'{draw(args)}\nwritten to {args.out}')

@@ -12,7 +12,8 @@ would leave nothing: its channels sum to a constant.
 
 Any config with a backbone that returns maps will do, of any toolbox, and the
 checkpoint of any model with the same backbone. Without one the weights are random,
-and the picture says so. There is a panel for each model, all on one scale: the
+and the picture says so. Images are loaded as the config's test pipeline loads them,
+of any number of bands. There is a panel for each model, all on one scale: the
 contribution relative to the largest one, logarithmic. The squares are the smallest
 around the center that hold 20, 50 and 99 % of it; their sides, and their shares of
 the image's area, are printed as a Markdown table. Where even the largest is small,
@@ -31,8 +32,10 @@ import matplotlib
 import mmcv
 import numpy as np
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 
+from backbones import device, load_backbone, read
 from lska_mm import LSKA, cli
 from lska_mm.weights.names import CheckpointError
 
@@ -156,14 +159,16 @@ def find_images(folder: Path, number: int) -> list[Path]:
     return [paths[i] for i in steps.round().astype(int)]
 
 
-def read_square(path: Path, side: int) -> np.ndarray:
-    """The central square of an image, resized: (3, side, side) in BGR."""
-    image = cli.read_image(path)
-    height, width = image.shape[:2]
-    length = min(height, width)
-    top, left = (height - length) // 2, (width - length) // 2
-    square = image[top : top + length, left : left + length]
-    return mmcv.imresize(square, (side, side), interpolation='area').transpose(2, 0, 1)
+def read_center(cfg: Config, path: Path, size: tuple[int, int]) -> Tensor:
+    """The center of an image as the config loads it, resized: (C, *size)."""
+    image = read(cfg, path, same_size=True)['img']
+    bands = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1)
+    scale = min(n / wanted for n, wanted in zip(bands.shape[1:], size))
+    height, width = (max(1, round(scale * wanted)) for wanted in size)
+    top, left = (bands.shape[1] - height) // 2, (bands.shape[2] - width) // 2
+    center = bands[:, top : top + height, left : left + width]
+    resized = [mmcv.imresize(band, size[::-1], interpolation='area') for band in center]
+    return torch.as_tensor(np.stack(resized))
 
 
 # --- Table and picture ---------------------------------------------------------
@@ -243,21 +248,20 @@ def plot(fields: list[Field], path: Path) -> None:
 def measure(args: argparse.Namespace) -> list[Field]:
     """A field for each model, or for each kernel size of the one model."""
     paths = find_images(args.images, args.num_images)
-    squares = np.stack([read_square(path, args.size) for path in paths])
-    print(f'{len(paths)} images of {args.images}, {args.size} x {args.size} pixels')
+    print(f'{len(paths)} images of {args.images}, {args.size[0]} x {args.size[1]} pixels')
     fields = []
     for config, *checkpoint in args.model:
         for size in args.kernel_sizes or [None]:
-            cfg = cli.read_config(config)
-            cfg.merge_from_dict(args.cfg_options)
+            cfg = cli.read_config(config, args.cfg_options)
             if size is not None:
                 if cfg.get('model', {}).get('backbone', {}).get('type') != 'LSKAVAN':
                     raise ValueError(f'--kernel-sizes is for LSKAVAN, {config} has none.')
                 cfg.merge_from_dict({'model.backbone.kernel_size': size})
             torch.manual_seed(0)
-            backbone, weights = cli.load_backbone(cfg, *checkpoint)
-            backbone.to(args.device)
-            erf = effective_receptive_field(backbone, cli.normalize(squares, cfg).to(args.device))
+            backbone, weights = load_backbone(cfg, *checkpoint)
+            loaded = torch.stack([read_center(cfg, path, args.size) for path in paths])
+            images = cli.normalize(loaded, cfg).to(args.device)
+            erf = effective_receptive_field(backbone.to(args.device), images)
             fields.append(Field(Path(config).stem, kernel_sizes(backbone), weights, erf,
                                 contribution_squares(erf)))  # fmt: skip
     return fields
@@ -273,10 +277,9 @@ def main() -> None:
                         help='draw the one config with each, from random weights')  # fmt: skip
     parser.add_argument('--images', type=Path, required=True, help='folder, with its subfolders')
     parser.add_argument('--num-images', type=int, default=50, help='at most')
-    parser.add_argument('--size', type=cli.square, default='256x256',
-                        metavar='HEIGHTxWIDTH', help='of the images: a square, whose side is '
-                        'a multiple of twice the stride of the last map')  # fmt: skip
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--size', type=cli.size, default='256x256', metavar='HEIGHTxWIDTH',
+                        help='of the images: multiples of twice the last stride')  # fmt: skip
+    parser.add_argument('--device', type=device, default='cpu')
     parser.add_argument('--out', type=cli.png, required=True, help='file to write, .png')
     cli.add_cfg_options(parser)
     args = parser.parse_args()
@@ -286,8 +289,8 @@ def main() -> None:
         parser.error('--kernel-sizes takes one --model, without a checkpoint')
     if args.num_images < 1:
         parser.error('--num-images must be 1 or more')
-    fields = measure(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    fields = measure(args)
     plot(fields, args.out)
     print(f'{make_table(fields)}\nwritten to {args.out}')
 

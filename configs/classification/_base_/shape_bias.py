@@ -4,7 +4,7 @@
 #     test_dataloader = dict(_delete_=True, **_base_.cue_conflict_dataloader)
 #     test_evaluator = dict(_delete_=True, model_name='NAME', **_base_.shape_bias_evaluator)
 #
-# tools/analysis_tools/shape_bias.py reads the CSV file that the test writes.
+# .dev_scripts/shape_bias.py reads the CSV file that the test writes.
 cue_conflict_dataloader = dict(
     batch_size=32,
     num_workers=4,

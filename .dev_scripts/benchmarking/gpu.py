@@ -226,7 +226,6 @@ def run(build: Callable, out: Path, seconds: float, name: str = 'cuda', cases: A
     begin, device = time.perf_counter(), Device(name)
     rows, left, profiles = [], [], {}
     build = functools.lru_cache(maxsize=1)(build)
-    out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device.is_gpu else 'CPU'
     rates = ', '.join(f'{key} {rate / 1e12:.1f}' for key, rate in device.rates.items())
     machine = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[2] / 'deployment'))
+sys.path.append(str(Path(__file__).parents[2] / 'tools/deployment'))
 from engines import open_engine, quantize
 
 

@@ -1,6 +1,6 @@
 """Time LSKA-VAN against the plain implementation and mmpretrain's VAN.
 
-    python tools/analysis_tools/benchmark.py [--archs tiny base] [--train] --out DIR
+    python .dev_scripts/benchmark.py [--archs tiny base] [--train] --out DIR
 
 All models run in one process, in turns, so that a change of the machine's
 speed meets all of them; medians and their ratios to the plain implementation
@@ -47,13 +47,15 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from benchmarking import gpu
-from benchmarking.counting import multiply_adds
 from benchmarking.plain_lska_van import plain_lska_van
 from benchmarking.report import ARCHS, HEADER, format_row, merge, write_report
 from benchmarking.steps import make_engine_step, make_step
 from lska_mm import LSKAVAN
 from lska_mm.cli import make_parser, report_errors, size
 from lska_mm.models.lska import split_kernel
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools/analysis_tools'))
+from counting import multiply_adds
 
 ENGINES = dict(onnx='onnxruntime', openvino='openvino')  # by option
 ROUNDS = 4  # steps of a model at least, however long they take
@@ -248,7 +250,7 @@ def measure(args: argparse.Namespace, arch: str, kernel_size: int, batch: int, s
     return rows
 
 
-@report_errors(BusyError, ImportError, ValueError, WideSpreadError)
+@report_errors(BusyError, ImportError, OSError, ValueError, WideSpreadError)
 def main() -> None:
     parser = make_parser('Time LSKA-VAN against its peers')
     parser.add_argument('--archs', nargs='+', default=['tiny'], choices=ARCHS)
@@ -280,6 +282,7 @@ def main() -> None:
             raise ImportError(f'--{option} needs {package}: pip install {package}')
     for k in args.kernel_sizes:  # an invalid one is named before minutes of work
         split_kernel(k)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.device == 'cuda':
         if not torch.cuda.is_available():
             parser.error('--device cuda needs a GPU, torch sees none')

@@ -1,6 +1,6 @@
 """Shape bias of classifiers, from the CSV files of mmpretrain's ShapeBiasMetric.
 
-    python tools/analysis_tools/shape_bias.py work_dirs/shape_bias/*.csv --out shape_bias.png
+    python .dev_scripts/shape_bias.py work_dirs/shape_bias/*.csv --out shape_bias.png
 
 Each image has the shape of one class and the texture of another. The shape bias is
 the share of shape among the decisions for either of the two (Geirhos et al., ICLR
@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument('csv', type=Path, nargs='+', help='files of ShapeBiasMetric')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     args = parser.parse_args()
-    models = read(args.csv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    models = read(args.csv)
     plot(models, args.out)
     print(f'{make_table(models)}\nwritten to {args.out}')
 

@@ -82,6 +82,7 @@ def plot(rows: list[dict], path: Path) -> None:
             points = [(r['kernel_size'], r['milliseconds']) for r in members if r['model'] == name]
             axis.plot(*zip(*points), marker='o', label=name)
         axis.set(title='{}, batch {}, {}'.format(*key), xlabel='kernel size', ylabel='ms a batch')
+        axis.set_xticks(sorted({row['kernel_size'] for row in members}))
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize='small')
@@ -114,7 +115,6 @@ def write_report(rows: list[dict], out: Path) -> str:
     Returns:
         The overview, in Markdown.
     """
-    out.mkdir(parents=True, exist_ok=True)
     (out / 'benchmark.json').write_text(json.dumps(rows, indent=1))
     summary = busy_note(rows) + '\n'.join([overview(rows), '', *growth(rows)])
     table = '\n'.join([HEADER, *map(format_row, rows)])

@@ -1,10 +1,11 @@
 """Compare settings that were each trained with several seeds.
 
-    python tools/analysis_tools/seeds.py WORK_DIR/*/ --metrics KEY ...
+    python .dev_scripts/seeds.py WORK_DIR/*/ --metrics KEY ...
 
 Each folder is a setting and holds a work dir for every seed. Prints, for each
 metric and each validation, mean and standard deviation over the seeds, as
-Markdown. A folder trained twice counts with its last log.
+Markdown. A step is an epoch or an iteration, as the training counts. A folder
+trained twice counts with its last log.
 """
 
 import json
@@ -42,8 +43,7 @@ def load_scores(work_dir: Path, metric: str) -> Scores:
 def make_table(settings: dict[str, list[Scores]], metric: str) -> str:
     """Markdown: a row for each setting, a column for each validation."""
     steps = sorted({step for runs in settings.values() for scores in runs for step in scores})
-    head = [metric, 'seeds', *map(str, steps)]
-    rows = [head]
+    rows = [['setting', 'seeds', *(f'{metric}, step {step}' for step in steps)]]
     for name, runs in settings.items():
         cells = []
         for step in steps:

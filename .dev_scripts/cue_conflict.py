@@ -1,6 +1,6 @@
 """Write digits with a texture, and digits with the texture of another class.
 
-    python tools/dataset_converters/cue_conflict.py [--out data/cue-conflict-digits]
+    python .dev_scripts/cue_conflict.py [--out data/cue-conflict-digits]
 
 writes, 96 x 96 pixels of 8 bit,
 
@@ -21,8 +21,10 @@ import cv2
 import mmcv
 import numpy as np
 
-from digits import read_digits
 from lska_mm.cli import make_parser, report_errors
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools/dataset_converters'))
+from digits import read_digits
 
 # By digit: a name that ShapeBiasMetric prints, and an ImageNet label that it counts as that.
 # It divides by the number of such labels, which are at most four here: birds have 49.
