@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Does a classifier look at shape or texture, and where? Classifiers with kernel sizes 7
 # and 53 are trained on striped digits, by the same schedule, and tested on digits with
-# the stripes of another class; ends with shape_bias.png and, of one such digit, cam_k7.png
-# and cam_k53.png in WORK_DIR (work_dirs/shape_bias).
+# the stripes of another class; ends with shape_bias.png and, of one such digit, cam.png in
+# WORK_DIR (work_dirs/shape_bias).
 #   bash demo/shape_bias.sh [arguments of train.py]
 set -euo pipefail
 case " $* " in *' -h '* | *' --help '*) exec sed -n '2,/^set/ s/^# \{0,1\}//p' "$0" ;; esac
@@ -25,4 +25,6 @@ for k in 7 53; do
     python "$vis_cam" "$image" "${trained[@]}" --target-layers backbone.block3.4 \
         --save-path "$out/cam_k$k.png"
 done
+python .dev_scripts/panels.py "$image" 'a six with the stripes of a nine' \
+    "$out/cam_k7.png" 'kernels of 7' "$out/cam_k53.png" 'kernels of 53' --out "$out/cam.png"
 python .dev_scripts/shape_bias.py "$out"/csv/*.csv --out "$out/shape_bias.png"

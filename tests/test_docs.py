@@ -205,22 +205,12 @@ COMMANDS = {
         ),
         'python tools/dataset_converters/nuclei.py': ([], 'written to data/nuclei'),
         'python tools/dataset_converters/digits.py': ([], 'written to data/digits'),
-        'python .dev_scripts/cue_conflict.py': (
-            [], 'written to data/cue-conflict-digits',
-        ),
         CORRUPT: ([], 'contrast: 10 images'),
         TEST_CORRUPTED: (
             ['--cfg-options', 'test_dataloader.num_workers=0',
              'test_dataloader.persistent_workers=False'], '| contrast |',
         ),
-        SEEDS: ([], '| digits | 2 | 0.200 ± 0.141 |'),
-        'python .dev_scripts/shape_bias.py work_dirs/shape_bias/csv/*.csv '
-        '--out work_dirs/shape_bias/shape_bias.png': ([], '| k7 | 1 |'),
-        'python .dev_scripts/benchmark.py --kernel-sizes 7 53 --out work_dirs/benchmark': (
-            ['--sizes', '32x64', '--seconds', '0.01', '--busy-is-fine'],
-            'written to work_dirs/benchmark/benchmark.*',
-        ),
-        'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 53 --no-time '
+        'python tools/analysis_tools/compare_kernels.py --kernel-sizes 7 53 '
         '--out work_dirs/compare_kernels': (
             ['--attentions', 'LSKA', '--size', '64x64'], '| LSKA | 53 |',
         ),
