@@ -72,7 +72,7 @@ def test_nuclei_as_ade20k(nuclei):
 
 def test_nuclei_from_a_folder_without_images(run, tmp_path):
     printed = run('python', 'tools/dataset_converters/nuclei.py', tmp_path, code=1)
-    assert f'No image at {tmp_path}/image.png.' in printed
+    assert f"No such file or directory: '{tmp_path}/image.png'" in printed
 
 
 def test_nuclei_of_unequal_sizes(run, tmp_path):

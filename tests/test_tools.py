@@ -204,12 +204,21 @@ def test_tta(config, options, run, coco, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('script', 'words'),
-    [('dist_train.sh', 2), ('dist_test.sh', 3), ('slurm_train.sh', 4), ('slurm_test.sh', 4)],
-)
-def test_scripts_say_how_they_are_used(run, script, words):
-    printed = run('bash', f'tools/{script}', *'x' * (words - 1), code=2)
+    'command',
+    ['dist_train.sh x', 'dist_train.sh x two', 'dist_test.sh x x', 'dist_test.sh x x 0',
+     'slurm_train.sh x x x', 'slurm_test.sh x x x'],
+)  # fmt: skip
+def test_scripts_say_how_they_are_used(run, command):
+    script, *words = command.split()
+    printed = run('bash', f'tools/{script}', *words, code=2)
     assert printed.startswith(f'usage: bash tools/{script} ')
+
+
+@pytest.mark.parametrize('script', (ROOT / 'demo').glob('*.sh'), ids=lambda path: path.name)
+def test_help_of_a_demo_is_all_that_it_does(run, script):
+    printed = run('bash', script, '--work-dir', 'x', '--help')
+    assert f'bash demo/{script.name} [arguments of train.py' in printed
+    assert len(printed.splitlines()) < 10
 
 
 @pytest.mark.parametrize(
