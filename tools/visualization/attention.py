@@ -114,7 +114,7 @@ def plot(image: Tensor, maps: list[GateMap], title: str, path: Path) -> None:
     figure, axes = plt.subplots(rows, columns, figsize=figsize, layout='compressed')
     figure.suptitle(textwrap.fill(title, int(12 * figsize[0])), fontsize=10)
     axes[0].imshow(picture, cmap='gray')  # which is of the mean
-    axes[0].set_title(f'mean of {bands} bands' if bands > 3 else 'image', fontsize=9)
+    axes[0].set_title(f'mean of\n{bands} bands' if bands > 3 else 'image', fontsize=9)
     for axis, gate in zip(axes[1:], maps):
         relative = (gate.factor / gate.factor.mean()).numpy()
         low, high = np.quantile(relative, (0.005, 0.995))
