@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument('csv', type=Path, nargs='+', help='files of ShapeBiasMetric')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     models = read(args.csv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(models, args.out)
     print(f'{make_table(models)}\nwritten to {args.out}')
 

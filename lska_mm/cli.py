@@ -31,7 +31,8 @@ def report_errors(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        sys.exit(f'{Path(sys.argv[0]).name}: {error}')
+        print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+        sys.exit(1)
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -56,6 +57,9 @@ def ending(suffix: str) -> Callable[[str], Path]:
     def convert(path: str) -> Path:
         if Path(path).suffix != suffix:
             raise argparse.ArgumentTypeError(f'{path} does not end in {suffix}')
+        folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise argparse.ArgumentTypeError(f'{folder} is not a folder')
         return Path(path)
 
     return convert

@@ -51,13 +51,14 @@ def main(monkeypatch, capsys):
 
     def _main(tool, *words):
         monkeypatch.setattr('sys.argv', [f'{tool.__name__}.py', *map(str, words)])
+        code = 0
         try:
             tool.main()
         except SystemExit as error:
-            if error.code == 2:
+            code = error.code
+            if code == 2:
                 raise
-            return 1, error.code
-        return 0, ''.join(capsys.readouterr())
+        return code, ''.join(capsys.readouterr())
 
     return _main
 

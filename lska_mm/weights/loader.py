@@ -43,6 +43,8 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             'model.backbone.init_cfg.checkpoint (None starts from random weights) or load_from. '
             'Our configs look in the folder of LSKA_PRETRAINED, or "pretrained".'
         ) from None
+    if os.path.isdir(path):
+        raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
     trusted, distrusted = (
         os.environ.get(name, '').lower() in ('1', 'y', 'yes', 'true') for name in (TRUST, DISTRUST)
     )
@@ -76,17 +78,13 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 
 def find_checkpoint(filename: str) -> str:
-    """Return the path of a file, or the URL that a command line may give in its place.
+    """Return the path of what is there, or the URL, that a command line names.
 
     Raises:
-        OSError: If there is none.
+        FileNotFoundError: If there is nothing.
     """
-    if '://' in str(filename):
-        return filename
     path = os.path.expanduser(filename)
-    if os.path.isdir(path):
-        raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
-    if not os.path.isfile(path):
+    if '://' not in path and not os.path.exists(path):
         raise FileNotFoundError(f'No checkpoint at {path}.')
     return path
 

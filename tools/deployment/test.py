@@ -41,7 +41,7 @@ def run_in_engine(runner: Runner, infer: Inference, shape: list[int]) -> None:
     elif hasattr(model, 'head') and hasattr(model.head, 'predict'):
         model.extract_feat = lambda images, *more, **how: images
         model.head.forward = logits
-        expected = [0, model.head.num_classes]
+        expected = [0, getattr(model.head, 'num_classes', shape[-1])]
     else:
         raise ValueError(f'{type(model).__name__} is neither a classifier nor a segmentor.')
     if len(shape) != len(expected) or shape[1] not in (0, expected[1]):

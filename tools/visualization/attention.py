@@ -143,10 +143,10 @@ def draw(args: argparse.Namespace) -> str:
     backbone, weights = load_backbone(cfg, args.checkpoint)
     if not isinstance(backbone, LSKAVAN):
         raise ValueError(f'The backbone is {type(backbone).__name__}; drawn are gates of LSKAVAN.')
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     image = read(cfg, args.image)['inputs']
     inputs = normalize(image[None], cfg).to(args.device)
     maps = gate_maps(backbone.to(args.device), inputs, args.block)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     title = f'{Path(args.config).stem}, {weights}'
     plot(image, maps, title, args.out)
     return f'{title}\n\n{make_table(maps)}'

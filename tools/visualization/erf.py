@@ -289,8 +289,8 @@ def main() -> None:
         parser.error('--kernel-sizes takes one --model, without a checkpoint')
     if args.num_images < 1:
         parser.error('--num-images must be 1 or more')
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     fields = measure(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(fields, args.out)
     print(f'{make_table(fields)}\nwritten to {args.out}')
 
