@@ -31,7 +31,7 @@ from .names import RefusedError
 _LEGACY = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # near the start of files before torch 1.6
 _METHODS = {HistoryBuffer: ('min', 'max', 'mean', 'current'),
             OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear')}  # fmt: skip
-_TIME = r"\(4, '<', None, None, None, -1, -1, 0, \({}, \(b'\w+', [1-9]\d*, 1, 1\)\)\)"  # its unit
+_TIME = r"\(4, '<', None, None, None, -1, -1, 0, \({}, \(b'\w+', [1-9]\d{,8}, 1, 1\)\)\)"  # unit
 
 
 def _tensor(storage, offset, size, stride, grad=False, hooks=None, metadata=None):

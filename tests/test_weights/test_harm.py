@@ -104,6 +104,7 @@ PICKLES = {
     'times without a unit': (times("b'harm'"), UNKNOWN.format('attributes of dtype.*')),
     'times of another unit': (times(b'harm'), 'damaged'),
     'times of a zeroth': (times(b's', 0), UNKNOWN.format('attributes of dtype.*')),
+    'times of 2**32 seconds': (times(b's', 2**32), UNKNOWN.format('attributes of dtype.*')),
     'a list of a long range': (
         call('builtins.list', call('__builtin__.xrange', op(10**9))),
         UNKNOWN.format('builtins.range.1000000000,.'),
