@@ -151,7 +151,8 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip().rstrip('.')
     if problem:
-        kind = next(iter(model)) if isinstance(model, nn.ModuleDict) else type(model).__name__
+        alone = [name for name, _ in model.named_children()] == ['backbone']
+        kind = 'backbone' if alone else type(model).__name__
         raise CheckpointError(
             f'{source} cannot be loaded into the {kind} of the config: '
             f'{problem}. The file holds {summarize(tensors)}.'
