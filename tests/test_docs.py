@@ -178,6 +178,9 @@ COMMANDS = {
         'python .dev_scripts/benchmark.py --device cuda --out work_dirs/benchmark-gpu': (
             ['--help'], 'usage: benchmark.py',
         ),
+        'python tests/gpu/everything.py --out work_dirs/gpu': (
+            ['--steps', 'machine'], '"step": "machine"',
+        ),
         'python .dev_scripts/profile_ops.py --arch base --size 800x1216': (
             ['--arch', 'tiny', '--size', '64x64'], 'depth-wise 3x3 convolution',
         ),

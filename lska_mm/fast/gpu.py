@@ -71,7 +71,7 @@ def large(gpu: int) -> int:
     """Return from which number of values in a batch the GPU takes longer than its host.
 
     The kernels are fewer operations for the GPU, and more for the host. 2^24 is right where
-    the host needs 27 us for a launch (docs/results/h200.json).
+    the host needs 27 us for a launch (docs/results/h200_df6cacc.md).
     """
     if 'LSKA_KERNELS_FROM' in os.environ:
         return int(os.environ['LSKA_KERNELS_FROM'])
