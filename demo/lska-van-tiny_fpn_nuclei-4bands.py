@@ -11,6 +11,7 @@ train_pipeline = [
     _base_.train_pipeline[-1],
 ]
 test_pipeline = [load, *_base_.test_pipeline[1:-1], normalize, _base_.test_pipeline[-1]]
+tta_pipeline = [load, normalize, *_base_.tta_pipeline[1:]]
 dataset = dict(data_root='data/nuclei/bands')
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **dataset))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **dataset))

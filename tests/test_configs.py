@@ -2,17 +2,20 @@
 
 import re
 
+import mmcv
+import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import DATA, ROOT, train_one_step
+from conftest import DATA, ROOT, load_tool, train_one_step
 from lska_mm.models.archs import ARCHS
 
 ALL = sorted((ROOT / 'configs').glob('*/*.py'))
 CONFIGS = [path for path in ALL if 'dota' not in path.stem]  # of mmrotate: test_rotate.py
 PLUGIN = ROOT / 'configs/detection/retinanet_r50-lska_fpn_1x_coco.py'
 WITH_VAN = [path for path in CONFIGS if path != PLUGIN]
+ADE20K = 'configs/segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512.py'
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 BACKBONE = r'lska-van-(?P<arch>tiny|small|base)(-k(?P<k>\d+))?'
 NAMES = dict(
@@ -133,6 +136,47 @@ def test_segmentation_recipe(path):
     if name['head'] == 'upernet':
         assert cfg.model.auxiliary_head.in_channels == widths[2]
         assert cfg.model.auxiliary_head.loss_decode.loss_weight == 0.4
+
+
+OWN = dict(type='BaseSegDataset', img_suffix='.png', metainfo=dict(classes=['a', 'b', 'c']))
+
+
+@pytest.mark.parametrize(
+    ('config', 'dataset', 'expected'),
+    [
+        (ADE20K, dict(img_suffix='.png'), [255, 0, 1]),
+        (ADE20K, OWN, [0, 1, 2]),
+        ('demo/lska-van-tiny_fpn_nuclei.py', {}, [255, 0, 1]),
+        ('demo/lska-van-tiny_fpn_nuclei.py', dict(reduce_zero_label=False), [0, 1, 2]),
+        ('demo/lska-van-tiny_fpn_nuclei-4bands.py', {}, [255, 0, 1]),
+    ],
+)
+def test_the_data_set_says_how_labels_count(config, dataset, expected, tmp_path):
+    """In training, in tests, and in `--tta`, of the config or by default."""
+    from mmseg.registry import DATASETS
+
+    init_default_scope('mmseg')
+    labels = np.tile(np.uint8([0, 1, 2, 255]), (64, 16))
+    mmcv.imwrite(labels, f'{tmp_path}/labels/a.png')
+    mmcv.imwrite(np.dstack([labels] * 4), f'{tmp_path}/images/a.png')
+    expected = np.select([labels == 0, labels == 1, labels == 2], expected, 255)
+
+    cfg = Config.fromfile(ROOT / config)
+    pipelines = dict(
+        train=cfg.train_dataloader.dataset.pipeline, test=cfg.test_pipeline, tta=cfg.tta_pipeline
+    )
+    cfg.pop('tta_pipeline')
+    load_tool('tools/test.py').enable_tta(cfg)
+    pipelines['default'] = cfg.test_dataloader.dataset.pipeline
+    for name, pipeline in pipelines.items():
+        data = {**cfg.test_dataloader.dataset, **dataset, 'pipeline': pipeline}
+        data['data_prefix'] = dict(img_path='images', seg_map_path='labels')
+        samples = DATASETS.build({**data, 'data_root': str(tmp_path)})[0]['data_samples']
+        found = (samples[0] if isinstance(samples, list) else samples).gt_sem_seg
+        if name == 'train':  # cut and resized
+            assert set(found.data.unique().tolist()) == set(expected.flat)
+        else:  # those of the first view are what mmseg compares with
+            assert np.array_equal(found.data[0], expected)
 
 
 @configs('classification')
