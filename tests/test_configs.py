@@ -5,11 +5,13 @@ import re
 import mmcv
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from conftest import DATA, ROOT, load_tool, train_one_step
 from lska_mm.models.archs import ARCHS
+from trainings import classifier
 
 ALL = sorted((ROOT / 'configs').glob('*/*.py'))
 CONFIGS = [path for path in ALL if 'dota' not in path.stem]  # of mmrotate: test_rotate.py
@@ -195,12 +197,20 @@ def test_classification_recipe(path):
     assert cfg.model.head.loss.label_smooth_val == 0.1
 
 
-def test_ema_is_one_more_base(tmp_path):
-    folder = ROOT / 'configs/classification'
-    bases = [str(folder / 'lska-van-tiny_4xb128_in1k.py'), str(folder / '_base_/ema.py')]
-    (tmp_path / 'ema.py').write_text(f'_base_ = {bases}')
-    (hook,) = Config.fromfile(tmp_path / 'ema.py').custom_hooks
-    assert (hook.type, hook.momentum) == ('EMAHook', 1e-4)
+def test_averaged_weights_follow_a_short_training(run, tmp_path):
+    """After eight steps they are nearer to the trained ones than those were two steps before."""
+    cfg = classifier(tmp_path, tmp_path / 'work')
+    cfg.custom_hooks = Config.fromfile(ROOT / 'configs/classification/_base_/ema.py').custom_hooks
+    cfg.dump(tmp_path / 'ema.py')
+    run('python', 'tools/train.py', tmp_path / 'ema.py')
+    before, end = (
+        torch.load(tmp_path / f'work/iter_{step}.pth', weights_only=False) for step in (6, 8)
+    )
+    name = 'backbone.block1.0.mlp.fc1.weight'
+    averaged, trained = end['state_dict'][name], end['ema_state_dict'][f'module.{name}']
+    assert not torch.equal(averaged, trained)
+    step = (before['ema_state_dict'][f'module.{name}'] - trained).norm()
+    assert (averaged - trained).norm() < step
 
 
 def test_shape_bias_is_one_more_base(tmp_path):
