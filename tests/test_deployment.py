@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData
 
 from conftest import (
     REFERENCE,
@@ -23,6 +24,7 @@ from conftest import (
     reference_image,
     small,
 )
+from lska_mm.cli import init_quietly
 
 export_onnx = load_tool('tools/deployment/export_onnx.py')
 
@@ -61,8 +63,8 @@ def test_backbone_of_a_detector(checkpoint, run, tmp_path):
         'python', 'tools/deployment/export_onnx.py', DETECTOR, checkpoint(DETECTOR), path,
         '--backbone', '--size', '64x96',
     )  # fmt: skip
-    assert '(1, 3, 64, 96): largest difference ' in printed
-    assert '(2, 3, 96, 160): largest difference ' in printed
+    assert '(1, 3, 64, 96) in onnxruntime: largest difference ' in printed
+    assert '(2, 3, 96, 160) in onnxruntime: largest difference ' in printed
     assert [file.name for file in path.parent.iterdir()] == ['backbone.onnx']
     outputs = run_onnx(path, reference_image())
     for i, output in enumerate(outputs, start=1):
@@ -89,6 +91,29 @@ def test_whole_models(config, shape, checkpoint, tmp_path, capsys):
     assert logits.shape == (3, *shape)
 
 
+OCRNET = """
+_base_ = '{}'
+part = dict(in_channels=256, in_index=3, channels=16, num_classes=150, norm_cfg=dict(type='BN'),
+            loss_decode=dict(type='CrossEntropyLoss'))
+model = dict(type='CascadeEncoderDecoder', num_stages=2, auxiliary_head=None, decode_head=[
+    dict(type='FCNHead', num_convs=1, **part), dict(type='OCRHead', ocr_channels=16, **part)])
+"""
+
+
+def test_a_segmentor_for_one_size(checkpoint, tmp_path):
+    """Of a head in two stages, from an image."""
+    config, path, image = (tmp_path / name for name in ('ocrnet.py', 'model.onnx', 'image.png'))
+    config.write_text(OCRNET.format(ROOT / UPERNET))
+    mmcv.imwrite(mmcv.imread(str(ROOT / 'demo/nuclei/image.png'))[:64, :96], str(image))
+    export_onnx.export(
+        str(config), str(checkpoint(config)), path, image=str(image), static=True, opset=16
+    )
+    proto = onnx.load(path)
+    assert proto.opset_import[0].version == 16
+    for value, sizes in ((proto.graph.input, [1, 3]), (proto.graph.output, [1, 150])):
+        assert [d.dim_value for d in value[0].type.tensor_type.shape.dim] == [*sizes, 64, 96]
+
+
 def test_adaptive_pooling_as_products_of_matrices():
     x = torch.rand(2, 3, 13, 29, dtype=torch.float64)
     for cells in ((1, 1), (2, 2), (3, 5), (6, 6), (13, 29)):
@@ -100,54 +125,213 @@ def test_what_cannot_be_exported(checkpoint, monkeypatch, tmp_path):
     classifier = checkpoint(CLASSIFIER)
     path = tmp_path / 'model.onnx'
 
-    def export(config, checkpoint, backbone=False):
-        export_onnx.export(str(ROOT / config), str(checkpoint), path, backbone, (64, 64))
+    def export(config, checkpoint, backbone=False, **how):
+        export_onnx.export(str(ROOT / config), str(checkpoint), path, backbone, (64, 64), **how)
 
     with pytest.raises(RuntimeError, match='cannot be loaded into the RetinaNet of the config'):
         export(DETECTOR, classifier, backbone=True)
+    with pytest.raises(RuntimeError, match='ImageClassifier cannot be exported: '):
+        export(CLASSIFIER, classifier, opset=99)
     monkeypatch.setattr(export_onnx, 'TOLERANCE', -1)
-    with pytest.raises(RuntimeError, match=r'other outputs than PyTorch for images of \(1, 3, 64'):
+    with pytest.raises(
+        RuntimeError, match=r'^\(1, 3, 64, 64\) in onnxruntime: The outputs differ'
+    ):
         export(CLASSIFIER, classifier)
     assert not list(tmp_path.iterdir())
 
 
+# --- Whole detectors, by MMDeploy ------------------------------------------------
+
+MMDEPLOY = find_spec('mmdeploy') is not None  # it goes with the original stack
+
+
+def child(base, head, stages):
+    """The text of a config: mmdet's own with the backbone of our base."""
+    widths = [(32, 64, 160, 256)[stage] for stage in stages]
+    return (
+        f"_base_ = ['mmdet::{base}.py', '{ROOT}/configs/detection/_base_/lska_van.py']\n"
+        f"model = dict(backbone={{**_base_.lska_van_tiny, 'out_indices': {stages}}}, "
+        f'neck=dict(in_channels={widths}){head})\n'
+    )
+
+
+def ours(name):
+    return f"_base_ = '{ROOT}/configs/detection/{name}.py'\n"
+
+
+FOUR, THREE = (0, 1, 2, 3), (1, 2, 3)
+SMALL_DINO = (
+    'model = dict(num_queries=30, encoder=dict(num_layers=1), decoder=dict(num_layers=2))\n'
+)
+SMALL_SOLO = ', mask_head=dict(num_grids=[12, 10, 8, 6, 5], num_classes=1)'  # 19 GB otherwise
+# Head: its config, and the layers whose outputs are spread so that some scores are high.
+HEADS = {
+    'YOLOX': (child('yolox/yolox_s_8xb8-300e_coco', '', THREE), r'conv_(cls|obj)\.\d'),
+    'DINO': (ours('dino-4scale_lska-van-tiny_8xb2-12e_coco') + SMALL_DINO, r'cls_branches\.\d'),
+    'RetinaNet': (ours('retinanet_lska-van-tiny_fpn_1x_coco'), 'retina_cls'),
+    'ATSS': (ours('atss_lska-van-tiny_fpn_1x_coco'), 'atss_(cls|centerness)'),
+    'GFL': (ours('gfl_lska-van-tiny_fpn_1x_coco'), 'gfl_cls'),
+    'FCOS': (
+        child('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco', '', FOUR), 'conv_(cls|centerness)'),
+    'RTMDet': (
+        child('rtmdet/rtmdet_tiny_8xb32-300e_coco', '', THREE), r'rtm_(cls|reg)\.\d'),
+    'Mask R-CNN': (ours('mask-rcnn_lska-van-tiny_fpn_1x_coco'), 'fc_cls'),
+    'Cascade Mask R-CNN': (ours('cascade-mask-rcnn_lska-van-tiny_fpn_ms-3x_coco'), 'fc_cls'),
+    'SOLOv2': (child('solov2/solov2_r50_fpn_1x_coco', SMALL_SOLO, FOUR), 'mask_head.conv_cls'),
+    'TOOD': (child('tood/tood_r50_fpn_1x_coco', '', FOUR), 'tood_cls'),
+}  # fmt: skip
+
+
 @pytest.fixture(scope='module')
-def retinanet(tmp_path_factory):
-    """A RetinaNet with random weights that are sure of some boxes: config and checkpoint."""
-    cfg = Config.fromfile(ROOT / DETECTOR)
-    init_default_scope('mmdet')
-    cfg.model.backbone.init_cfg = None
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    with torch.no_grad():
-        model.bbox_head.retina_cls.weight *= 30
-        model.bbox_head.retina_cls.bias += 3.6
-    path = tmp_path_factory.mktemp('retinanet') / 'retinanet.pth'
-    torch.save(dict(state_dict=model.state_dict()), path)
-    return DETECTOR, path
+def detector(tmp_path_factory):
+    """A detector with random weights that are sure of some boxes: config, checkpoint, image."""
+
+    def _detector(head):
+        from mmdet.apis import inference_detector
+
+        folder = tmp_path_factory.mktemp('detector')
+        paths = [folder / name for name in ('config.py', 'model.pth', 'image.png')]
+        text, layers = HEADS[head]
+        paths[0].write_text(text)
+        image = mmcv.imread(str(ROOT / 'demo/nuclei/image.png'))[:160, 352:]
+        mmcv.imwrite(image, str(paths[2]))
+        init_default_scope('mmdet')
+        cfg = Config.fromfile(paths[0])
+        cfg.merge_from_dict({'test_pipeline.1.scale': (160, 160)})
+        cfg.model.backbone.init_cfg = None
+        torch.manual_seed(0)
+        model = MODELS.build(copy.deepcopy(cfg.model))
+        init_quietly(model)
+        model.cfg = cfg
+        hooks = [
+            module.register_forward_hook(spread)
+            for name, module in model.named_modules()
+            if re.search(f'{layers}$', name)
+        ]
+        assert hooks
+        inference_detector(model.eval(), image)
+        torch.save(dict(state_dict=model.state_dict()), paths[1])
+        return paths
+
+    return _detector
 
 
-@pytest.mark.parametrize('static', [False, True])
-def test_a_detector_goes_by_way_of_mmdeploy(retinanet, run, tmp_path, static):
-    path, image = tmp_path / 'retinanet.onnx', tmp_path / 'image.png'
-    mmcv.imwrite(mmcv.imread(str(ROOT / 'demo/nuclei/image.png'))[:160, 352:], str(image))
-    command = ('python', 'tools/deployment/export_onnx.py', *retinanet, path, '--image', image)
-    command += ('--static',) if static else ()
-    if find_spec('mmdeploy') is None:
+@torch.no_grad()
+def spread(layer, inputs, output):
+    """Shift and scale a layer so that of its outputs few are large."""
+    if hasattr(layer, 'spread'):
+        return output
+    layer.spread = True
+    scale = (3 if isinstance(layer, torch.nn.Linear) else 1.5) / output.std()
+    layer.weight *= scale
+    mean = 0.5 if output.shape[1] == 4 else -2.5  # of distances, of logits
+    layer.bias.mul_(scale).add_(mean - output.mean() * scale)
+    return layer.forward(*inputs)
+
+
+@pytest.mark.parametrize(
+    'head',
+    [pytest.param(head, marks=[] if i < 2 else pytest.mark.soak) for i, head in enumerate(HEADS)],
+)
+def test_detections_of_an_exported_head(head, detector, tmp_path, capsys, monkeypatch):
+    """In the image and in a smaller one."""
+    monkeypatch.syspath_prepend(ROOT / 'tools/deployment')
+    config, checkpoint, image = map(str, detector(head))
+    path = tmp_path / 'model.onnx'
+    options = {'test_pipeline.1.scale': (160, 160)}
+
+    def export():
+        export_onnx.export(config, checkpoint, path, image=image, options=options)
+
+    if not MMDEPLOY:
+        with pytest.raises(ImportError, match='A whole detector is exported by MMDeploy'):
+            export()
+    elif head == 'TOOD':
+        with pytest.raises(
+            RuntimeError, match=r'^TOOD cannot be exported: .*DeformConv2dFunction'
+        ):
+            export()
+    else:
+        export()
+        assert {node.domain for node in onnx.load(path).graph.node} == {''}  # standard operators
+        lines = re.findall(r'^image of .* detections of .*', capsys.readouterr().out, re.MULTILINE)
+        assert len(lines) == 2
+        print(f'{head}:', *lines, sep='\n')
+    assert path.exists() == (MMDEPLOY and head != 'TOOD')
+
+
+def test_a_detector_for_one_size(detector, run, tmp_path):
+    config, checkpoint, image = detector('YOLOX')
+    path = tmp_path / 'model.onnx'
+    command = ('python', 'tools/deployment/export_onnx.py', config, checkpoint, path, '--image',
+               image, '--static', '--opset', '16', '--cfg-options',
+               'test_pipeline.1.scale=(160,160)')  # fmt: skip
+    if not MMDEPLOY:
         *_, last = run(*command, code=1).splitlines()
         assert last.startswith('export_onnx.py: A whole detector is exported by MMDeploy 1.3.1, ')
-        assert not path.exists()
         return
-    printed = run(*command)
-    assert re.search(r'^5 detections of score 0.5 or more, differences up to: box [\d.e-]+, score '
-                     r'[\d.e-]+$', printed, re.MULTILINE)  # fmt: skip
+    assert 'image of 160x160: ' in run(*command)
     proto = onnx.load(path)
-    assert {node.domain for node in proto.graph.node} == {''}  # standard operators
-    [images] = proto.graph.input
-    sizes = [d.dim_value for d in images.type.tensor_type.shape.dim]
-    assert sizes == ([1, 3, 800, 800] if static else [0, 3, 0, 0])
-    assert {p.key for p in proto.metadata_props} == {'mean', 'std', 'channels'}
+    assert proto.opset_import[0].version == 16
+    sizes = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
+    assert sizes == [1, 3, 160, 160]
+    assert {p.key for p in proto.metadata_props} == {'channels'}  # YOLOX takes 0 to 255
+
+
+def detections(*rows, masks=None):
+    """Of rows (x1, y1, x2, y2, label, score)."""
+    rows = torch.tensor(rows).reshape(-1, 6)
+    made = InstanceData(bboxes=rows[:, :4], labels=rows[:, 4].long(), scores=rows[:, 5])
+    if masks is not None:
+        made.masks = masks
+    return made
+
+
+A, B, EMPTY = (0.0, 0, 9, 9, 0, 0.9), (20.0, 0, 29, 9, 1, 0.7), (5.0, 5, 5, 9, 0, 0.8)
+POOR, SECOND, MOVED = (*A[:5], 0.3), (*A[:4], 3, 0.6), (2.0, *A[1:])
+MASK = torch.zeros(1, 32, 32).bool()
+MASK[:, 4:20, 4:20] = True
+
+
+@pytest.mark.parametrize(
+    ('found', 'expected', 'result'),
+    [
+        ([A, B], [B, A], '2 detections of score 0.50'),
+        ([A], [A, B], 'Only PyTorch finds'),
+        ([A, B], [A], 'Only ONNX Runtime finds'),
+        ([MOVED], [A], 'Only PyTorch finds'),
+        ([(*A[:4], 1, 0.9)], [A], 'Only PyTorch finds'),
+        ([(*A[:5], 0.89)], [A], 'Only PyTorch finds'),
+        ([A, EMPTY], [A], '1 detections of score 0.50'),
+        ([A, SECOND], [A], '1 detections of score 0.50'),
+        ([A] * 100, [A, B], '1 detections of score 0.90'),  # the graph gives no more
+        ([POOR], [POOR], '1 detections of score 0.30'),
+        ([(*MOVED[:5], 0.4), POOR], [(*A[:5], 0.4), POOR], 'Only PyTorch finds'),
+        ([], [], 'nothing to compare'),
+        ([], [A], 'nothing to compare'),
+        ([EMPTY], [EMPTY], 'No object is sure enough'),
+    ],
+)
+@pytest.mark.skipif(not MMDEPLOY, reason='compares what only MMDeploy can write')
+def test_detections_are_compared_where_both_promise_them(found, expected, result):
+    detectors = load_tool('tools/deployment/detectors.py')
+    try:
+        line = detectors.compare(detections(*found), detections(*expected))
+    except RuntimeError as error:
+        line = str(error)
+    assert re.search(rf'(^|\D){result}', line)
+
+
+@pytest.mark.skipif(not MMDEPLOY, reason='compares what only MMDeploy can write')
+@pytest.mark.parametrize(('shift', 'same'), [(0, True), (1, True), (3, False)])
+def test_masks_are_compared_but_for_their_borders(shift, same):
+    detectors = load_tool('tools/deployment/detectors.py')
+    pair = [detections(A, masks=m) for m in (MASK.roll(shift, 2), MASK)]
+    if same:
+        assert detectors.compare(*pair).startswith('1 detections')
+    else:
+        with pytest.raises(RuntimeError, match='masks'):
+            detectors.compare(*pair)
 
 
 def test_norms_that_cannot_be_folded_are_exported_as_they_are(tmp_path, capsys):

@@ -9,35 +9,35 @@ file's metadata say, and gives
     logits              (B, classes, H, W) of a segmentor,
     stage1, stage2, ... with --backbone, of any model: the backbone's maps.
 
-Detectors go by way of MMDeploy, on the original stack: the graph takes `input`, of
-any size or with --static of one, and gives `dets`, `labels` and, where the model has
-them, `masks`; its detections in --image are compared.
+Detectors go by way of MMDeploy, on the original stack: the graph takes `input` and
+gives `dets`, `labels` and, where the model has them, `masks`; the detections in
+--image are compared.
 
 BatchNorms and layer scales are folded (`switch_to_deploy`). The file is
-written only if its outputs equal PyTorch's, at another size than the traced
-one too.
+written only if its outputs equal PyTorch's, without --static at another size than
+the traced one too.
 """
 
 import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
 
-from engines import INSTALLED, Inference, open_engine
+from engines import INSTALLED, open_engine
 from lska_mm.cli import (
     add_cfg_options,
     ending,
     load_model,
     make_parser,
-    read_config,
+    normalize,
     read_image,
     report_errors,
     size,
@@ -52,7 +52,6 @@ try:
 except ImportError as error:
     sys.exit(f'export_onnx.py: {error}: pip install onnx onnxruntime')
 
-OPSET = 17  # the first with LayerNormalization
 TOLERANCE = 1e-4  # largest difference, relative to the largest output
 
 
@@ -98,12 +97,9 @@ class Graph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.backbone:
             return self.model.backbone(images)
-        logits = self.model(images, mode='tensor')
-        if hasattr(self.model, 'decode_head'):
-            logits = F.interpolate(
-                logits, images.shape[2:], mode='bilinear', align_corners=self.model.align_corners
-            )
-        return (logits,)
+        if hasattr(self.model, 'encode_decode'):
+            return (self.model.encode_decode(images, [dict(img_shape=images.shape[2:])]),)
+        return (self.model(images, mode='tensor'),)
 
 
 def for_any_size(module: nn.Module) -> nn.Module:
@@ -133,25 +129,57 @@ def add_metadata(path: Path, cfg: Config) -> None:
     onnx.save(proto, path)
 
 
-def compare(infer: Inference, graph: Graph, images: Tensor) -> float:
-    """Largest difference of an engine's outputs from PyTorch's, relative to the largest."""
-    found = infer(images.numpy())
-    with torch.no_grad():
-        expected = [out.numpy() for out in graph(images)]
-    return max(
-        float(np.abs(a - b).max() / max(1, np.abs(b).max())) for a, b in zip(found, expected)
+def run(
+    cfg: Config, model: nn.Module, path: Path, images: Tensor, backbone: bool, static: bool,
+    opset: int,
+) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]]:  # fmt: skip
+    """Write a classifier, a segmentor or a backbone as an ONNX file, and run it.
+
+    Returns:
+        For each input and engine what they are, and the outputs of the engine and of PyTorch.
+    """
+    graph = Graph(model, backbone).eval()
+    names = ['images', *graph.output_names]
+    axes = {name: {0: 'batch', 2: 'height', 3: 'width'} for name in names}
+    if toolbox(cfg) == 'mmpretrain' and not backbone:
+        axes['logits'] = {0: 'batch'}
+    trace_to_onnx(
+        graph, (images,), str(path), opset_version=opset, input_names=names[:1],
+        output_names=names[1:], dynamic_axes=None if static else axes,
+    )  # fmt: skip
+    height, width = images.shape[2:]
+    others = torch.rand(2, images.shape[1], height + 32, width + 64)
+    for name, inputs in itertools.product(INSTALLED, (images,) if static else (images, others)):
+        found = tuple(map(torch.from_numpy, open_engine(name, path)(inputs.numpy())))
+        with torch.no_grad():
+            yield f'{tuple(inputs.shape)} in {name}', found, graph(inputs)
+
+
+def compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
+    """Say how far outputs are from PyTorch's, relative to the largest.
+
+    Raises:
+        RuntimeError: If that is too far.
+    """
+    difference = max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(found, expected)
     )
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"The outputs differ from PyTorch's by {difference:.1e}.")
+    return f'largest difference {difference:.1e}'
 
 
 def export(
-    config: str, checkpoint: str, save_path: Path, backbone: bool, image_size: tuple[int, int],
-    options: dict | None = None,
+    config: str, checkpoint: str, save_path: Path, backbone: bool = False,
+    image_size: tuple[int, int] = (224, 224), image: str | None = None, static: bool = False,
+    opset: int = 17, options: dict | None = None,
 ) -> None:  # fmt: skip
-    """Write the file, after comparing its outputs.
+    """Write the file, after comparing what it gives.
 
     Raises:
         CheckpointError: If the checkpoint is not of the config's model.
-        RuntimeError: If the model has no graph in ONNX, or gives other outputs there.
+        ImportError: If MMDeploy is missing, for a detector.
+        RuntimeError: If the model has no graph in ONNX, or gives something else there.
     """
     cfg, model = load_model(config, checkpoint, options)
     if not hasattr(model, 'backbone'):
@@ -160,84 +188,53 @@ def export(
         model.backbone.switch_to_deploy()
     except (AttributeError, TypeError) as error:  # of another backbone, with other norms
         print(f'not folded: {error}')
-    graph = Graph(model, backbone).eval()
-    first = next(m for m in model.backbone.modules() if isinstance(m, nn.Conv2d))
-    channels, (height, width) = first.in_channels, image_size
-    images = torch.rand(1, channels, height, width)
-    others = torch.rand(2, channels, height + 32, width + 64)
-
-    names = ['images', *graph.output_names]
-    with written_beside(save_path) as part:
-        axes = {name: {0: 'batch', 2: 'height', 3: 'width'} for name in names}
-        if toolbox(cfg) == 'mmpretrain':
-            axes['logits'] = {0: 'batch'}
-        trace_to_onnx(
-            graph, (images,), str(part), opset_version=OPSET, input_names=['images'],
-            output_names=graph.output_names, dynamic_axes=axes,
-        )  # fmt: skip
-        add_metadata(part, cfg)
-        engines = {name: open_engine(name, part) for name in INSTALLED}
-        for engine, inputs in itertools.product(engines, (images, others)):
-            difference = compare(engines[engine], graph, inputs)
-            print(f'{tuple(inputs.shape)}: largest difference {difference:.1e} in {engine}')
-            if not difference <= TOLERANCE:
-                raise RuntimeError(
-                    f'{engine} gives other outputs than PyTorch for images of '
-                    f'{tuple(inputs.shape)}: they differ by {difference:.1e}. Nothing was written.'
-                )
-
-
-def export_detector(
-    config: str, checkpoint: str, save_path: Path, image: str | None, static: bool,
-    image_size: tuple[int, int], options: dict,
-) -> None:  # fmt: skip
-    """Write the file of a whole detector, after comparing its detections.
-
-    Raises:
-        CheckpointError: If the checkpoint is not of the config's model.
-        RuntimeError: See `detectors.export_detector`.
-    """
-    import detectors
-
-    if image is None:
-        pixels = np.random.default_rng(0).integers(0, 256, (*image_size, 3), dtype=np.uint8)
-    else:
+    channels = next(m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)).in_channels
+    pixels = np.random.default_rng(0).integers(0, 256, (*image_size, channels), np.uint8)
+    if image is not None:
         pixels = read_image(image)
-    cfg, model = load_model(config, checkpoint, options)  # MMDeploy would only warn
     with written_beside(save_path) as part, tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'model.onnx')
-        print(detectors.export_detector(cfg, model, checkpoint, path, pixels, static))
+        if toolbox(cfg) in ('mmdet', 'mmrotate') and not backbone:
+            import detectors
+
+            check, runs = detectors.compare, detectors.run(cfg, model, path, pixels, static, opset)
+        else:
+            images = normalize(pixels.transpose(2, 0, 1)[None], cfg)
+            check, runs = compare, run(cfg, model, path, images, backbone, static, opset)
+        try:
+            results = list(runs)
+        except Exception as error:  # each head, exporter and engine has its own
+            reason = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0]
+            raise RuntimeError(f'{type(model).__name__} cannot be exported: {reason}') from error
+        for what, found, expected in results:
+            try:
+                print(f'{what}: {check(found, expected)}')
+            except RuntimeError as error:
+                raise RuntimeError(f'{what}: {error} Nothing was written.') from None
         add_metadata(path, cfg)
         part.write_bytes(path.read_bytes())
 
 
-@report_errors(CheckpointError, OSError, RuntimeError)
+@report_errors(CheckpointError, ImportError, OSError, RuntimeError)
 def main() -> None:
     parser = make_parser('Export a model to ONNX')
     parser.add_argument('config', help='config of the model')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('save_path', type=ending('.onnx'), help='file to write, .onnx')
     parser.add_argument('--backbone', action='store_true', help='only the backbone')
-    parser.add_argument('--size', type=size, default='224x224', metavar='HEIGHTxWIDTH',
-                        help='of the traced image; the graph takes others too')  # fmt: skip
-    parser.add_argument('--image', help='of a detector: an image to trace, and to compare with')
-    parser.add_argument('--static', action='store_true', help='of a detector: for one size alone')
+    pixels = parser.add_mutually_exclusive_group()
+    pixels.add_argument('--size', type=size, default='224x224', metavar='HEIGHTxWIDTH',
+                        help='of random pixels to trace, and to compare with')  # fmt: skip
+    pixels.add_argument('--image', help='an image to trace, and to compare with')
+    parser.add_argument('--static', action='store_true', help='for one image of that size alone')
+    parser.add_argument('--opset', type=int, default=17, help="version of ONNX's operators; 17 is "
+                        'the first with LayerNormalization')  # fmt: skip
     add_cfg_options(parser)
     args = parser.parse_args()
-    if toolbox(read_config(args.config)) in ('mmdet', 'mmrotate') and not args.backbone:
-        export_detector(
-            args.config, args.checkpoint, args.save_path, args.image, args.static, args.size,
-            args.cfg_options,
-        )  # fmt: skip
-    else:
-        export(
-            args.config,
-            args.checkpoint,
-            args.save_path,
-            args.backbone,
-            args.size,
-            args.cfg_options,
-        )
+    export(
+        args.config, args.checkpoint, args.save_path, args.backbone, args.size, args.image,
+        args.static, args.opset, args.cfg_options,
+    )  # fmt: skip
     print(f'written to {args.save_path}')
 
 
