@@ -75,7 +75,8 @@ def test_detection_recipe(path):
     cfg = Config.fromfile(path)
     name = re.fullmatch(NAMES['detection'], path.stem)
     assert cfg.model.type == DETECTORS[name['head']]
-    assert cfg.custom_hooks == [dict(type='mmdet.NumClassCheckHook')]
+    hook = 'NumClassCheckHook' if cfg.default_scope == 'mmdet' else 'mmdet.NumClassCheckHook'
+    assert cfg.custom_hooks == [dict(type=hook)]
     widths = WIDTHS[name['arch']]
     assert cfg.model.neck.in_channels == [widths[i] for i in cfg.model.backbone.out_indices]
     assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
@@ -187,6 +188,7 @@ def test_classification_recipe(path):
     arch = re.fullmatch(NAMES['classification'], path.stem)['arch']
     assert cfg.model.head.in_channels == WIDTHS[arch][-1]
     assert cfg.train_cfg.max_epochs == 310
+    assert '_scope_' not in cfg.visualizer  # mmpretrain's browse_dataset.py would not take it
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.05)
     assert cfg.data_preprocessor.mean == cfg.data_preprocessor.std == [127.5] * 3

@@ -20,3 +20,8 @@ model = dict(
         augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)],
     ),
 )
+# The base's, without the scope that MMEngine adds to what comes from another package: mmpretrain's
+# browse_dataset.py does not take it.
+visualizer = dict(
+    _delete_=True, type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')]
+)

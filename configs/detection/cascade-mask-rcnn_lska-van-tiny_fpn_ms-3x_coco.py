@@ -5,3 +5,4 @@ model = dict(
     neck=dict(in_channels=[32, 64, 160, 256]),
 )
 optim_wrapper = dict(optimizer=_base_.adamw)
+custom_hooks = [dict(type='NumClassCheckHook')]

@@ -4,3 +4,4 @@ model = dict(
     backbone={**_base_.lska_van_tiny, 'out_indices': (1, 2, 3)},
     neck=dict(in_channels=[64, 160, 256]),
 )
+custom_hooks = [dict(type='NumClassCheckHook')]

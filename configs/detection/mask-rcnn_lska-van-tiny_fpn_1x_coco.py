@@ -10,3 +10,4 @@ model = dict(
     backbone=_base_.lska_van_tiny,
     neck=dict(in_channels=[32, 64, 160, 256]),
 )
+custom_hooks = [dict(type='NumClassCheckHook')]

@@ -10,3 +10,4 @@ model = dict(
 
 # Optimizer: as on COCO; the schedule and clipping are mmrotate's.
 optim_wrapper = dict(optimizer=_base_.adamw)
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

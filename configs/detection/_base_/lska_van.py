@@ -3,7 +3,6 @@
 #     model = dict(backbone=_base_.lska_van_tiny)
 #     optim_wrapper = dict(optimizer=_base_.adamw)
 custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
-custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
 
 lska_van_tiny = dict(
     _delete_=True,
