@@ -156,23 +156,24 @@ def child(base, head, stages):
 
 
 def ours(name):
-    return f"_base_ = '{ROOT}/configs/detection/{name}.py'\n"
+    return f"_base_ = '{ROOT}/configs/detection/{name}.py'\nmodel = {{}}\n"
 
 
 FOUR, THREE = (0, 1, 2, 3), (1, 2, 3)
 SMALL_DINO = (
     'model = dict(num_queries=30, encoder=dict(num_layers=1), decoder=dict(num_layers=2))\n'
 )
+FEW = 'model["bbox_head"] = dict(num_classes=2)\n'  # fewer pairs with a box than nms_pre
 SMALL_SOLO = ', mask_head=dict(num_grids=[12, 10, 8, 6, 5], num_classes=1)'  # 19 GB otherwise
 # Head: its config, and the layers whose outputs are spread so that some scores are high.
 HEADS = {
     'YOLOX': (child('yolox/yolox_s_8xb8-300e_coco', '', THREE), r'conv_(cls|obj)\.\d'),
     'DINO': (ours('dino-4scale_lska-van-tiny_8xb2-12e_coco') + SMALL_DINO, r'cls_branches\.\d'),
     'RetinaNet': (ours('retinanet_lska-van-tiny_fpn_1x_coco'), 'retina_cls'),
-    'ATSS': (ours('atss_lska-van-tiny_fpn_1x_coco'), 'atss_(cls|centerness)'),
+    'ATSS': (ours('atss_lska-van-tiny_fpn_1x_coco') + FEW, 'atss_(cls|centerness)'),
     'GFL': (ours('gfl_lska-van-tiny_fpn_1x_coco'), 'gfl_cls'),
     'FCOS': (
-        child('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco', '', FOUR), 'conv_(cls|centerness)'),
+        child('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco', '', FOUR) + FEW, 'conv_(cls|centerness)'),
     'RTMDet': (
         child('rtmdet/rtmdet_tiny_8xb32-300e_coco', '', THREE), r'rtm_(cls|reg)\.\d'),
     'Mask R-CNN': (ours('mask-rcnn_lska-van-tiny_fpn_1x_coco'), 'fc_cls'),
@@ -222,10 +223,10 @@ def spread(layer, inputs, output):
     if hasattr(layer, 'spread'):
         return output
     layer.spread = True
-    scale = (3 if isinstance(layer, torch.nn.Linear) else 1.5) / output.std()
-    layer.weight *= scale
-    mean = 0.5 if output.shape[1] == 4 else -2.5  # of distances, of logits
-    layer.bias.mul_(scale).add_(mean - output.mean() * scale)
+    # Of distances, of logits of a softmax, of a sigmoid.
+    mean, std = (1, 0.3) if output.shape[1] == 4 else (-2.5, 3 if output.ndim == 2 else 1.5)
+    layer.weight *= std / output.std()
+    layer.bias.sub_(output.mean()).mul_(std / output.std()).add_(mean)
     return layer.forward(*inputs)
 
 
