@@ -149,7 +149,7 @@ def outputs(model, x):
 
 def backbones(out):
     """The benchmark's rows for training and inference, eager, as CUDA graphs, and compiled."""
-    shapes = [(2, (800, 1216)), (32, (224, 224))] if GPU else [(1, (32, 32))]
+    shapes = [(2, (800, 1216)), (32, (224, 224))] if GPU else [(2, (64, 64))]
     cases = [
         Case(arch, 23, *shape, 'bf16', 'NCHW', train, compiled=True)
         for train in (True, False) for arch in ('tiny', 'base') for shape in shapes
