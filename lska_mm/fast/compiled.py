@@ -14,10 +14,13 @@ from . import gpu
 from .gpu import weights_like as weights_like
 from .way import Way
 
+# Torch 2.6 and later know operators in Triton, and tell compiling from exporting.
+_TELLS = hasattr(torch.library, 'triton_op') and hasattr(torch.compiler, '_is_exporting_flag')
 
-def is_exporting() -> bool:
-    """Tell whether a graph is made for others to run, or may be."""
-    return getattr(torch.compiler, '_is_exporting_flag', True)
+
+def runs_here() -> bool:
+    """Tell whether a graph is made to run in this process, not to be exported."""
+    return _TELLS and not torch.compiler._is_exporting_flag
 
 
 def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:

@@ -101,7 +101,7 @@ def _device(x: Any) -> Any:
     if torch.jit.is_tracing() or type(x) is not Tensor:
         return None
     if is_compiling():
-        return compiled if x.is_cuda and not compiled.is_exporting() else None
+        return compiled if x.is_cuda and compiled.runs_here() else None
     device: Any = cpu if x.is_cpu else gpu if x.is_cuda else None
     if (
         device is None
