@@ -13,7 +13,8 @@ from conftest import ROOT
 DEMO = ROOT / 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py'
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 COMPILED = dict(type='CompileHook', modules=['backbone'], dynamic=True)
-LEAST_AP = 0.28  # of boxes: half of what the demo's Mask R-CNN has on a CPU
+# Half the AP of boxes that they have after as many steps on a CPU.
+LEAST_AP = {'mask-rcnn': 0.574 / 2, 'retinanet': 0.510 / 2}
 gpu = pytest.mark.gpu
 USE = """
 import sys, torch
@@ -89,7 +90,7 @@ def test_detector(device, write, run, nuclei, tmp_path, name, hooks):
     run('python', 'tools/train.py', config, '--work-dir', work_dir, *amp)
     ap = last(work_dir, 'coco/bbox_mAP')
     print(f'{name}, {"compiled" if hooks else "eager"}, {device}: AP {ap:.3f}')
-    assert device.type == 'cpu' or ap >= LEAST_AP
+    assert device.type == 'cpu' or ap >= LEAST_AP[name]
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     [image] = (nuclei / 'coco/val').iterdir()
     (tmp_path / 'use.py').write_text(USE)
