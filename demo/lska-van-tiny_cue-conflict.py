@@ -1,7 +1,4 @@
-_base_ = [
-    '../configs/classification/lska-van-tiny_4xb128_in1k.py',
-    '../configs/classification/_base_/shape_bias.py',
-]
+_base_ = '../configs/classification/lska-van-tiny_4xb128_in1k.py'
 
 # Data: digits filled with stripes, under labels of ImageNet (tools/dataset_converters).
 pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
@@ -23,7 +20,13 @@ test_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(data_prefix='conflict', **dataset),
 )
-test_evaluator = dict(_delete_=True, model_name='lska-van-tiny', **_base_.shape_bias_evaluator)
+test_evaluator = dict(
+    _delete_=True,
+    type='ShapeBiasMetric',
+    csv_dir='work_dirs/shape_bias',
+    dataset_name='cue-conflict',
+    model_name='lska-van-tiny',
+)
 
 model = dict(train_cfg=dict(augments=None))
 

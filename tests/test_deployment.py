@@ -146,11 +146,12 @@ MMDEPLOY = find_spec('mmdeploy') is not None  # it goes with the original stack
 
 
 def child(base, head, stages):
-    """The text of a config: mmdet's own with the backbone of our base."""
+    """The text of a config: mmdet's own with our backbone."""
     widths = [(32, 64, 160, 256)[stage] for stage in stages]
     return (
-        f"_base_ = ['mmdet::{base}.py', '{ROOT}/configs/detection/_base_/lska_van.py']\n"
-        f"model = dict(backbone={{**_base_.lska_van_tiny, 'out_indices': {stages}}}, "
+        f"_base_ = 'mmdet::{base}.py'\n"
+        "custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)\n"
+        f"model = dict(backbone=dict(_delete_=True, type='LSKAVAN', out_indices={stages}), "
         f'neck=dict(in_channels={widths}){head})\n'
     )
 

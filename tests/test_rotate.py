@@ -21,13 +21,16 @@ def rotated_data(cfg):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_trains_a_step_and_predicts(path):
+def test_trains_a_step_and_predicts(path, tmp_path):
     assert len(CONFIGS) == 2
     if find_spec('mmrotate') is None:  # it has no release for the original stack's mmdet 3.3
         with pytest.raises(ModuleNotFoundError, match='mmrotate'):
             Config.fromfile(path)
         return
     cfg = Config.fromfile(path)
+    (tmp_path / 'own.py').write_text(path.read_text().splitlines()[0])  # `_base_`, mmrotate's
+    own = Config.fromfile(tmp_path / 'own.py')
+    assert cfg.keys() - own.keys() == {'custom_imports', 'custom_hooks'}
     model = train_one_step(cfg, rotated_data)
     data = rotated_data(cfg)
     with torch.no_grad():

@@ -1,13 +1,24 @@
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',
-    './_base_/lska_van.py',
     './_base_/adamw_1x.py',
     'mmdet::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
+custom_hooks = [dict(type='NumClassCheckHook')]
 
 model = dict(
-    backbone=_base_.lska_van_tiny,
+    backbone=dict(
+        _delete_=True,
+        type='LSKAVAN',
+        arch='tiny',
+        kernel_size=23,
+        drop_path_rate=0.1,
+        out_indices=(0, 1, 2, 3),
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='{{$LSKA_PRETRAINED:pretrained}}/lska-van-tiny_k23_in1k.pth',
+        ),
+    ),
     neck=dict(in_channels=[32, 64, 160, 256]),
 )
-custom_hooks = [dict(type='NumClassCheckHook')]

@@ -1,13 +1,24 @@
-_base_ = [
-    'mmrotate::oriented_rcnn/oriented-rcnn-le90_r50_fpn_1x_dota.py',
-    './_base_/lska_van.py',
-]
+_base_ = 'mmrotate::oriented_rcnn/oriented-rcnn-le90_r50_fpn_1x_dota.py'
+custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
 
 model = dict(
-    backbone=_base_.lska_van_tiny,
+    backbone=dict(
+        _delete_=True,
+        type='LSKAVAN',
+        arch='tiny',
+        kernel_size=23,
+        drop_path_rate=0.1,
+        out_indices=(0, 1, 2, 3),
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='{{$LSKA_PRETRAINED:pretrained}}/lska-van-tiny_k23_in1k.pth',
+        ),
+    ),
     neck=dict(in_channels=[32, 64, 160, 256]),
 )
 
 # Optimizer: as on COCO; the schedule and clipping are mmrotate's.
-optim_wrapper = dict(optimizer=_base_.adamw)
-custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+)

@@ -42,20 +42,21 @@ test_pipeline = [
     dict(type='PackInputs'),
 ]
 
-dataset = dict(type='ImageNet', data_root='data/imagenet')
 train_dataloader = dict(
     batch_size=128,
     num_workers=8,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(split='train', pipeline=train_pipeline, **dataset),
+    dataset=dict(
+        type='ImageNet', data_root='data/imagenet', split='train', pipeline=train_pipeline
+    ),
 )
 val_dataloader = dict(
     batch_size=128,
     num_workers=8,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(split='val', pipeline=test_pipeline, **dataset),
+    dataset=dict(type='ImageNet', data_root='data/imagenet', split='val', pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1, 5))

@@ -1,5 +1,4 @@
 default_scope = 'mmseg'
-custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -9,7 +8,6 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
-custom_hooks = [dict(type='CheckLabelsHook')]
 
 env_cfg = dict(
     cudnn_benchmark=True,

@@ -9,17 +9,6 @@ model = dict(
         seg_pad_val=255,
         size=(512, 512),
     ),
-    backbone=dict(
-        type='LSKAVAN',
-        arch='tiny',
-        kernel_size=23,
-        drop_path_rate=0.1,
-        out_indices=(0, 1, 2, 3),
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='{{$LSKA_PRETRAINED:pretrained}}/lska-van-tiny_k23_in1k.pth',
-        ),
-    ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
 )

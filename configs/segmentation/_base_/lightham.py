@@ -3,7 +3,6 @@ _base_ = './encoder_decoder.py'
 model = dict(
     decode_head=dict(
         type='LightHamHead',
-        in_channels=[64, 160, 256],
         in_index=[1, 2, 3],
         channels=256,
         ham_channels=256,

@@ -3,7 +3,6 @@ _base_ = './encoder_decoder.py'
 model = dict(
     decode_head=dict(
         type='SegformerHead',
-        in_channels=[32, 64, 160, 256],
         in_index=[0, 1, 2, 3],
         channels=256,
         dropout_ratio=0.1,

@@ -4,7 +4,6 @@ norm_cfg = dict(type='BN')
 model = dict(
     decode_head=dict(
         type='UPerHead',
-        in_channels=[32, 64, 160, 256],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
         channels=512,
@@ -16,7 +15,6 @@ model = dict(
     ),
     auxiliary_head=dict(
         type='FCNHead',
-        in_channels=160,
         in_index=2,
         channels=256,
         num_convs=1,
