@@ -56,10 +56,12 @@ def config(name: str) -> str:
     Raises:
         FileNotFoundError: If there is no such config; lists the nearest.
     """
-    folder = Path(__file__).parent / '.mim/configs'  # of the repository, in wheels a copy
+    folder = Path(__file__).parent / '.mim/configs'  # made by setup.py
     path = folder / name
     if not path.is_file():
         known = [str(path.relative_to(folder)) for path in folder.rglob('*.py')]
+        if not known:
+            raise FileNotFoundError(f'{folder} is empty: run `pip install -e .` in the clone.')
         nearest = get_close_matches(name, known, n=3, cutoff=0)
         raise FileNotFoundError(
             f'lska_mm has no config {name}; the nearest are {", ".join(nearest)}.'

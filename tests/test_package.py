@@ -196,6 +196,42 @@ def test_a_wheel_trains_away_from_the_clone(run, coco, tmp_path):
     assert (user / 'work_dirs/my_config/epoch_2.pth').is_file()
 
 
+NO_LINKS = """
+import os, runpy, sys
+def symlink(*args, **kwargs): raise OSError('no right to make links')
+os.symlink, sys.argv = symlink, ['setup.py', '--version']
+runpy.run_path('setup.py')
+"""
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_mim_finds_the_clone_s_files(links, run, tmp_path):
+    """By links, or by copies that the next installation makes again."""
+    copy_repository(tmp_path)
+    command = ('setup.py', '--version') if links else ('-c', NO_LINKS)
+    mim, gone = tmp_path / 'lska_mm/.mim', tmp_path / 'configs/gone.py'
+    gone.touch()
+    run('python', *command, cwd=tmp_path)
+    assert (mim / 'configs/gone.py').is_file()
+    gone.unlink()
+    run('python', *command, cwd=tmp_path)
+    for name in ('configs', 'tools', 'model-index.yml'):
+        assert (mim / name).is_symlink() == links
+    for name in ('configs', 'tools'):
+        found, expected = (
+            sorted(str(path.relative_to(folder)) for path in (folder / name).rglob('*.*'))
+            for folder in (mim, tmp_path)
+        )
+        assert found == expected
+        assert len(found) > 10
+
+
+def test_a_clone_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(lska_mm, '__file__', str(tmp_path / '__init__.py'))
+    with pytest.raises(FileNotFoundError, match=r'is empty: run `pip install -e \.`'):
+        lska_mm.config('detection/retinanet_lska-van-tiny_fpn_1x_coco.py')
+
+
 @pytest.mark.parametrize(
     'name',
     [
