@@ -30,6 +30,11 @@ from .deploy import fold_stages
 class LSKAVAN(BaseModule):
     """LSKA-VAN backbone.
 
+    In a config of mmdet, mmseg or mmpretrain:
+
+        custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
+        model = dict(backbone=dict(type='LSKAVAN', arch='tiny', out_indices=(0, 1, 2, 3)))
+
     Weights in any published layout load without conversion; weights of another
     network, size or kernel are refused (see `lska_mm.weights.names`).
 
