@@ -24,7 +24,6 @@ from conftest import (
     reference_image,
     small,
 )
-from lska_mm.cli import init_quietly
 
 export_onnx = load_tool('tools/deployment/export_onnx.py')
 
@@ -203,7 +202,7 @@ def detector(tmp_path_factory):
         cfg.model.backbone.init_cfg = None
         torch.manual_seed(0)
         model = MODELS.build(copy.deepcopy(cfg.model))
-        init_quietly(model)
+        model.init_weights()
         model.cfg = cfg
         hooks = [
             module.register_forward_hook(spread)
