@@ -1,7 +1,7 @@
 """LSKA-VAN backbones for OpenMMLab.
 
-Importing the package registers what it offers in MMEngine's root registry, where
-mmdet, mmseg and mmpretrain find it without a prefix, and the readers of checkpoints:
+Importing the package registers its modules in MMEngine's root registry, where mmdet,
+mmseg and mmpretrain find them without a prefix, and its checkpoint readers:
 
     custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
 """
@@ -36,7 +36,7 @@ __all__ = [
     'load_from_local',
 ]
 
-# `force`: MMEngine's own readers answer a refused pickle by running it.
+# `force` replaces MMEngine's own readers, which run a refused pickle after all.
 CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
 CheckpointLoader.register_scheme(
     prefixes=('http://', 'https://'), loader=load_from_http, force=True
@@ -44,9 +44,9 @@ CheckpointLoader.register_scheme(
 
 
 def config(name: str) -> str:
-    """Return the path of a config that comes with the package, as a base of others.
+    """Return the path of a config of this package, to use as a base.
 
-    In a config of any folder:
+    In a config in any folder:
 
         _base_ = __import__('lska_mm').config('detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py')
 

@@ -1,4 +1,4 @@
-"""What the tools share: arguments, the config of any toolbox, and how they end."""
+"""Shared parts of the tools: arguments, configs of any toolbox, and error reporting."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ from .weights.names import get_state_dict
 
 @contextmanager
 def report_errors(*errors: type[Exception]) -> Iterator[None]:
-    """End a tool, whose ``main`` this decorates, with a line in place of a traceback."""
+    """Decorate the ``main`` of a tool: these errors end it with one line, not a traceback."""
     try:
         yield
     except errors as error:
@@ -41,7 +41,7 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser whose help shows the defaults that say something."""
+    """Make a parser whose help shows all defaults but empty ones."""
     return argparse.ArgumentParser(description=description, formatter_class=_Defaults)
 
 
@@ -52,7 +52,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 
 def ending(suffix: str) -> Callable[[str], Path]:
-    """Make a converter of an argument that names a file to write."""
+    """Return the type of an argument that names an output file with this suffix."""
 
     def convert(path: str) -> Path:
         if Path(path).suffix != suffix:
@@ -72,12 +72,12 @@ def size(text: str) -> tuple[int, int]:
     """Convert an argument HEIGHTxWIDTH."""
     match = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', text)
     if match is None:
-        raise argparse.ArgumentTypeError(f'{text!r} is not HEIGHTxWIDTH, as 224x224')
+        raise argparse.ArgumentTypeError(f'{text!r} is not HEIGHTxWIDTH, such as 224x224')
     return int(match[1]), int(match[2])
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser with the arguments that training and testing have in common."""
+    """Make a parser with the arguments shared by training and testing."""
     parser = make_parser(description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints; by default the '
@@ -87,20 +87,20 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help='set by launchers')  # fmt: skip
     for name in ('pin-memory', 'persistent-workers'):
-        parser.add_argument(f'--no-{name}', action='store_true', help='as mmpretrain has it')
+        parser.add_argument(f'--no-{name}', action='store_true', help='as in mmpretrain')
     return parser
 
 
 def converter_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser with the arguments that converters of checkpoints have in common."""
+    """Make a parser with the arguments shared by the checkpoint converters."""
     parser = make_parser(description)
-    parser.add_argument('src', help='checkpoint in any published layout')
+    parser.add_argument('src', help='checkpoint in any supported layout')
     parser.add_argument('dst', type=pth, help='file to write, .pth; a hash is added to its name')
     return parser
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
-    """Read a config, ``options`` changed."""
+    """Read a config and override its settings with ``options``."""
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(options or {})
     return cfg
@@ -115,7 +115,7 @@ def toolbox(cfg: Config) -> str:
 def load_config(args: argparse.Namespace, **loader: Any) -> Config:
     """Read the config and apply the arguments of `base_parser` to it.
 
-    ``loader`` is what mmpretrain's tool of that kind sets by default in dataloaders.
+    ``loader`` holds the dataloader defaults of mmpretrain's own tool of that kind.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
@@ -146,10 +146,10 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def load_model(config: str, checkpoint: str, options: dict | None = None) -> tuple[Config, Any]:
-    """Return the config, ``options`` changed, and the trained model, in evaluation mode.
+    """Return the config, overridden by ``options``, and the trained model in evaluation mode.
 
     Raises:
-        CheckpointError: If the checkpoint is not of the config's model.
+        CheckpointError: If the checkpoint does not fit the config's model.
     """
     cfg = read_config(config, options)
     init_default_scope(toolbox(cfg))
@@ -164,9 +164,9 @@ def load_model(config: str, checkpoint: str, options: dict | None = None) -> tup
 
 
 def load_file(model: nn.Module, checkpoint: str) -> str:
-    """Load a checkpoint into a model, none of which may stay random; return its name.
+    """Load a checkpoint that has every tensor of a model; return its name.
 
-    MMEngine's EMAHook puts the averaged weights where others have the last: the name says so.
+    If these are the averaged weights that MMEngine's EMAHook stores, the name says so.
     """
     content = CheckpointLoader.load_checkpoint(find_checkpoint(checkpoint), map_location='cpu')
     load_whole(model, get_state_dict(content), checkpoint)
@@ -175,10 +175,10 @@ def load_file(model: nn.Module, checkpoint: str) -> str:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image (H, W, 3), BGR; raise an OSError where there is none."""
+    """Read an image (H, W, 3), BGR; raise an OSError if the file is not one."""
     try:
         image = mmcv.imread(str(path))
-    except cv2.error:  # of an empty file
+    except cv2.error:  # for an empty file
         image = None
     if image is None:
         raise OSError(f'{path} is not an image.')
@@ -186,7 +186,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def normalize(images: Any, cfg: Config) -> torch.Tensor:
-    """Convert images (B, C, H, W) of a pipeline to what the config's model gives its backbone."""
+    """Normalize images (B, C, H, W) from a pipeline as the config's model does."""
     settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
     default = 'mmpretrain.ClsDataPreprocessor' if settings else 'ImgDataPreprocessor'
     preprocessor = MODELS.build({'type': default, **(settings or {})})
@@ -195,6 +195,6 @@ def normalize(images: Any, cfg: Config) -> torch.Tensor:
 
 
 def markdown(rows: Iterable[Iterable[Any]]) -> str:
-    """Format rows, the first of them the head, as a Markdown table."""
+    """Format rows, the first one the header, as a Markdown table."""
     head, *body = [[str(cell) for cell in row] for row in rows]
     return '\n'.join(f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *body])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, MODELS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, VISBACKENDS, init_default_scope
 
 from conftest import ROOT, copy_repository
 from lska_mm import __version__
@@ -26,6 +26,7 @@ SHORT = [
     'train_dataloader.dataset.pipeline.2.scale=(96,64)',
     'val_dataloader.dataset.pipeline.1.scale=(96,64)',
     'default_hooks.checkpoint.interval=12',
+    'default_hooks.logger.interval=1',
 ]
 ONE_EPOCH = [*SHORT, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
 FEWER_REGIONS = ['model.train_cfg.rcnn.sampler.num=16']
@@ -88,6 +89,9 @@ COMMANDS = {
         f'python tools/train.py {RETINANET} --resume': (
             [*SHORT, 'train_cfg.max_epochs=13'], 'Epoch(train) [13][1/1]',
         ),
+        'python $MMPRETRAIN/tools/analysis_tools/analyze_logs.py plot_curve '
+        'work_dirs/retinanet_lska-van-tiny_fpn_1x_coco/*/vis_data/scalars.json --keys loss '
+        '--out loss.png': ([], 'save curve to: loss.png'),
         f'bash tools/dist_train.sh {RETINANET} 2': (ONE_EPOCH, 'GPU number: 2'),
         f'python tools/test.py {RETINANET} {RETINANET_CHECKPOINT} --out predictions.pkl': (
             TEST_SHORT, 'predictions.pkl',
@@ -354,11 +358,13 @@ def finish_trainings(project):
 
 
 def check_config(path):
-    """A config in a text builds its model, optimizer and hooks; a fragment, what it has."""
+    """A config builds its model, optimizer, hooks and visualizer backends; a fragment, some."""
     cfg = Config.fromfile(path)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     for hook in cfg.get('custom_hooks', []):
         assert HOOKS.build(hook)
+    for backend in cfg.get('visualizer', {}).get('vis_backends', []):
+        assert VISBACKENDS.build(dict(backend, save_dir=str(path.parent)))
     if 'model' in cfg:
         assert build_optim_wrapper(MODELS.build(cfg.model), cfg.optim_wrapper)
 

@@ -152,7 +152,7 @@ def test_engines_keep_the_metric(classifier, run, tmp_path):
         found = float(re.search(r'accuracy/top1: ([\d.]+)', printed)[1])
         assert found == pytest.approx(metric, abs=tolerance)
     printed = run('python', f'{tools}/quantize.py', DIGITS, quantized, quantized, code=1)
-    assert printed.endswith('is the file to quantize; name another one to write.\n')
+    assert printed.endswith('is the file to quantize; choose another output file.\n')
     other = tmp_path / 'other.onnx'
     printed = run('python', f'{tools}/quantize.py', DIGITS, quantized, other, code=1)
     assert printed.endswith('quantized.onnx is quantized already.\n')
@@ -160,7 +160,7 @@ def test_engines_keep_the_metric(classifier, run, tmp_path):
     assert 'onnxruntime cannot open' in printed
     run('python', f'{tools}/export_onnx.py', DIGITS, checkpoint, other, '--backbone')
     printed = run('python', f'{tools}/test.py', DIGITS, other, code=1)
-    assert printed.endswith('other.onnx gives stage4, not logits alone.\n')
+    assert printed.endswith('other.onnx has the outputs stage4, expected logits.\n')
 
 
 def test_every_image_is_painted(segmentor, classifier, run, tmp_path):
@@ -202,7 +202,7 @@ def test_labels_beyond_the_classes(segmentor, nuclei, run, tmp_path):
             '--cfg-options', f'{split}_dataloader.dataset.data_root={tmp_path}/ade', code=1,
         )  # fmt: skip
         assert re.search(r'annotations/(training|validation)/nuclei\.png has the labels', printed)
-        assert 'the model has 2 classes: valid are 0 to 1, and 255 for no class' in printed
+        assert 'the model has 2 classes: valid labels are 0 to 1, 255 for no class' in printed
 
 
 def test_checkpoint_of_other_classes_is_refused(segmentor, run, tmp_path):
@@ -327,7 +327,7 @@ def test_imagenet_c_goes_on_where_it_stopped(classifier, corrupted, run, tmp_pat
     other = tmp_path / 'other.pth'
     torch.save({}, other)
     command[3] = other
-    assert 'is of another checkpoint' in run(*command, tmp_path / 'whole', code=1)
+    assert 'has results of another checkpoint' in run(*command, tmp_path / 'whole', code=1)
 
 
 def test_imagenet_c_names_what_is_missing(run, tmp_path):

@@ -199,12 +199,12 @@ def test_squares_end_with_the_image():
 
 
 def test_a_field_of_nothing_has_no_squares():
-    with pytest.raises(ValueError, match='sums to 0: there are no shares'):
+    with pytest.raises(ValueError, match='sum to 0, expected a positive number'):
         erf.contribution_squares(torch.zeros(4, 4))
 
 
 def test_center_of_the_map_must_be_the_center_of_the_image():
-    with pytest.raises(ValueError, match=r'24 pixels has 3 points.* Take a multiple of 16'):
+    with pytest.raises(ValueError, match=r'24 pixels has 3 points.* Use a multiple of 16'):
         erf.effective_receptive_field(small().eval(), torch.rand(1, 3, 24, 24))
 
 
@@ -217,7 +217,7 @@ def test_stride_of_a_map_whose_size_was_rounded(size, cells, stride):
 
 
 def test_what_returns_no_map_is_refused():
-    with pytest.raises(ValueError, match=r'The Flatten returns \(1, 12\), which is no map'):
+    with pytest.raises(ValueError, match=r'The Flatten returns \(1, 12\), expected a map'):
         erf.effective_receptive_field(nn.Flatten(), torch.rand(1, 3, 2, 2))
 
 
@@ -258,7 +258,7 @@ def test_erf_of_several_kernel_sizes(main, files):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (['--images', 'nowhere'], 'erf.py: No folder nowhere; --images is a folder of images.'),
+        (['--images', 'nowhere'], 'erf.py: No folder nowhere; --images expects a folder of '),
         (['--images', str(ROOT / 'lska_mm')], 'erf.py: No image (.jpg'),
         (['--cfg-options', 'model.backbone.kernel_size=7'], 'kernel_size=11'),
         (['--size', '24x24'], 'erf.py: The last map of 24 pixels has 3 points'),
@@ -356,7 +356,7 @@ def test_gate_maps_are_the_factors(deploy):
 
 
 def test_a_block_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match='Stage 1 has blocks 0 to 0, none 1'):
+    with pytest.raises(ValueError, match='Stage 1 has blocks 0 to 0, not 1'):
         attention.gate_maps(small().eval(), torch.rand(1, 3, 32, 32), 1)
 
 
@@ -421,7 +421,7 @@ def test_only_lska_van_has_gates(main, files):
     words = [files / 'resnet.py', files / 'resnet.pth', 'x.png', '--out', files / 'x.png']
     code, printed = main(attention, *words)
     assert code == 1
-    assert 'attention.py: The backbone is ResNet; drawn are gates of LSKAVAN.' in printed
+    assert 'attention.py: The backbone is ResNet; expected LSKAVAN.' in printed
 
 
 # --- Robustness --------------------------------------------------------------------

@@ -2,8 +2,8 @@
 # Train on several GPUs, or in several CPU processes where there is no GPU.
 #   bash tools/dist_train.sh CONFIG GPUS [arguments of train.py]
 # On several machines, on each: NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash ...
-# MAX_RESTARTS=3 starts the processes anew after an error; with --resume they go
-# on from the last checkpoint.
+# MAX_RESTARTS=3 restarts the processes after an error; with --resume they
+# continue from the last checkpoint.
 set -euo pipefail
 if [ $# -lt 2 ] || [[ ! $2 =~ ^([1-9][0-9]*|auto|cpu|gpu)$ ]]; then
     echo "usage: bash $0 CONFIG GPUS [arguments of train.py], GPUS a number" >&2

@@ -10,7 +10,7 @@ fi
 
 gpus=${GPUS:-8}
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
-# SRUN_ARGS is several words, on purpose unquoted.
+# SRUN_ARGS may have several words, so it is not quoted.
 srun --partition="$1" \
     --job-name="$2" \
     --gres="gpu:$per_node" \

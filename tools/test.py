@@ -3,8 +3,8 @@
     python tools/test.py CONFIG CHECKPOINT [--out OUT] [--show-dir DIR] [--tta]
     bash tools/dist_test.sh CONFIG CHECKPOINT GPUS ...
 
-Does what the own tool of the config's toolbox does, but refuses a checkpoint that
-leaves a part of the model random.
+Does the same as the toolbox's own tool, but refuses a checkpoint that leaves a part
+of the model random.
 """
 
 import os
@@ -22,7 +22,7 @@ from lska_mm.engine.hooks import CheckWeightsHook
 from lska_mm.weights.loader import find_checkpoint
 from lska_mm.weights.names import CheckpointError
 
-# Each toolbox has its own way to dump predictions, and to flip images.
+# Each toolbox dumps predictions, and merges flipped images, in its own way.
 DUMP = dict(
     mmdet='mmdet.DumpDetResults', mmrotate='mmdet.DumpDetResults', mmpretrain='DumpResults'
 )
@@ -32,7 +32,7 @@ TTA_MODEL = dict(
     mmseg=dict(type='SegTTAModel'),
     mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'),
 )
-READABLE = 224  # pixels of the shorter side, to which small images are enlarged
+READABLE = 224  # pixels: the shorter side of small images after enlarging
 META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
              'flip_direction')  # fmt: skip
 
@@ -40,8 +40,8 @@ META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'fl
 class PaintHook(Hook):
     """Paint the predictions of a segmentor or a classifier for every image into a folder.
 
-    Their toolboxes' hooks paint some of the images, or all of the same name into one file. Here
-    files are named after the image and its folder; small images of a classifier are enlarged.
+    The toolboxes' hooks only paint some images, or overwrite those of the same name. Here files
+    are named after the image and its folder; small images of a classifier are enlarged.
     """
 
     def __init__(self, folder: str):
@@ -50,7 +50,7 @@ class PaintHook(Hook):
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Paint a batch."""
         for i, sample in enumerate(outputs):
-            path = Path(sample.get('img_path', ''))  # of CIFAR there is none
+            path = Path(sample.get('img_path', ''))  # CIFAR has none
             name = '_'.join(filter(None, (path.parent.name, path.stem))) or 'image'
             self.names[name] += 1
             number = f'_{self.names[name]}' if self.names[name] > 1 or not path.name else ''
@@ -70,21 +70,21 @@ def parse_args():
     parser = base_parser('Test (and evaluate) a model')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        '--out', help='dump the predictions: into this file, .pkl; of a segmentor, this folder'
+        '--out', help='dump predictions: to a .pkl file, or a folder for a segmentor'
     )
-    parser.add_argument('--show-dir', help='folder to paint every image into')
+    parser.add_argument('--show-dir', help='folder for painted images')
     parser.add_argument('--show', action='store_true', help='show the painted images')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each')
     parser.add_argument(
         '--tta',
         action='store_true',
-        help="test-time augmentation, by the config's tta_model and tta_pipeline, or flipping",
+        help="test-time augmentation with the config's tta_model and tta_pipeline, or flipping",
     )
     return parser.parse_args()
 
 
 def enable_tta(cfg):
-    """Wrap the model, and give the test its pipeline."""
+    """Wrap the model for test-time augmentation, and set the pipeline."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:  # RepeatDataset and the like
         dataset = dataset.dataset
@@ -109,7 +109,7 @@ def main() -> None:
         enable_tta(cfg)
     if args.out and scope == 'mmseg':
         if Path(args.out).suffix in ('.pkl', '.pickle', '.json'):
-            raise NotADirectoryError(f'--out of a segmentor names a folder, not {args.out}.')
+            raise NotADirectoryError(f'--out of a segmentor must be a folder, not {args.out}.')
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     paint = args.show_dir and scope in ('mmseg', 'mmpretrain')
     if args.show or (args.show_dir and not paint):
@@ -117,7 +117,7 @@ def main() -> None:
         drawing['enable' if scope == 'mmpretrain' else 'draw'] = True
         if (
             not paint and args.show_dir
-        ):  # of a detector all images; absolute, or below the work dir
+        ):  # all images of a detector; absolute, or below the work dir
             drawing['test_out_dir'] = os.path.abspath(args.show_dir)
         cfg.default_hooks.visualization.update(drawing)
     runner = build_runner(cfg)

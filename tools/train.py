@@ -3,7 +3,7 @@
     python tools/train.py CONFIG [--work-dir DIR] [--resume [CKPT]] [--amp]
     bash tools/dist_train.sh CONFIG GPUS ...
 
-Does what the own tool of the config's toolbox does.
+Does the same as the toolbox's own tool.
 """
 
 import sys
@@ -26,7 +26,7 @@ def parse_args():
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate to the real batch size',
+        help='scale the learning rate to the actual batch size',
     )
     parser.add_argument('--no-validate', action='store_true', help='train without validation')
     return parser.parse_args()

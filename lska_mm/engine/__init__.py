@@ -1,1 +1,1 @@
-"""What a config may name for its training: hooks, a constructor, processes without a GPU."""
+"""Hooks, an optimizer constructor and CPU processes, for configs to use in training."""

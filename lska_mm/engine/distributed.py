@@ -1,4 +1,4 @@
-"""Several processes without a GPU, which MMEngine cannot start by itself."""
+"""Training in several CPU processes, which MMEngine does not set up by itself."""
 
 from datetime import timedelta
 
@@ -13,13 +13,13 @@ from torch import nn
 
 @MODEL_WRAPPERS.register_module()
 class CPUDistributedDataParallel(MMDistributedDataParallel):
-    """MMEngine's wrapper without a device; SyncBN, which needs one, becomes BatchNorm."""
+    """MMEngine's wrapper for CPUs; SyncBN, which needs GPUs, becomes BatchNorm."""
 
     def __init__(self, module: nn.Module, device_ids=None, **kwargs) -> None:
         if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
             module = revert_sync_batchnorm(module)
             print_log(
-                'Without a GPU, SyncBN is plain BatchNorm: each process takes the statistics of '
+                'Without a GPU, SyncBN is plain BatchNorm: each process uses the statistics of '
                 'its own images.',
                 logger='current',
             )
@@ -27,9 +27,9 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
 
 
 def init_cpu(cfg: Config) -> None:
-    """Make the process group that torchrun started this process for, where there is no GPU.
+    """Initialize the process group of torchrun on a machine without a GPU.
 
-    MMEngine would set a CUDA device. ``cfg`` gets ``model_wrapper_cfg``, unless it has one.
+    MMEngine would select a CUDA device. Sets ``model_wrapper_cfg`` in ``cfg`` if it is not set.
     """
     if cfg.launcher != 'pytorch' or get_device() != 'cpu' or dist.is_initialized():
         return

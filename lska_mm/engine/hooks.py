@@ -1,4 +1,4 @@
-"""Hooks that configs name, and the one by which `tools/test.py` refuses random weights."""
+"""Hooks for configs, and the one with which `tools/test.py` refuses random weights."""
 
 import signal
 import sys
@@ -17,7 +17,7 @@ from torch import nn
 from ..weights.match import load_whole, unwrap
 from ..weights.names import get_state_dict
 
-EXIT_CODE = 75  # sysexits.h: a failure after which one should try again
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class CheckWeightsHook(Hook):
@@ -28,16 +28,16 @@ class CheckWeightsHook(Hook):
     """
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Compare it with the model, before MMEngine loads what fits."""
+        """Compare the checkpoint with the model, before MMEngine loads what fits."""
         load_whole(runner.model, get_state_dict(checkpoint), runner._load_from)
 
 
 @HOOKS.register_module()
 class CheckLabelsHook(Hook):
-    """Stop a segmentor at a label map that its classes do not cover.
+    """Stop a segmentor at a label that is not one of its classes.
 
-    Such a label is an index error on a CPU, a device assertion on a GPU, and goes
-    unnoticed in a test's mIoU.
+    Without it, such a label is an index error on a CPU, a device assertion on a GPU,
+    and goes unnoticed in a test's mIoU.
 
     Raises:
         ValueError: Names the file, the labels in it, and those that are valid.
@@ -46,14 +46,14 @@ class CheckLabelsHook(Hook):
     def _before_iter(self, runner, batch_idx, data_batch=None, mode='train') -> None:
         """Check a batch for training, validation or test."""
         head: Any = getattr(unwrap(runner.model), 'decode_head', None)
-        head = head[-1] if isinstance(head, nn.ModuleList) else head  # of a cascade
+        head = head[-1] if isinstance(head, nn.ModuleList) else head  # a cascade
         if not hasattr(head, 'num_classes') or not isinstance(data_batch, dict):
             return
-        # One channel tells two classes apart.
+        # One channel distinguishes two classes.
         num_classes = 2 if getattr(head, 'out_channels', None) == 1 else head.num_classes
         samples = data_batch.get('data_samples') or []
         for sample in samples if isinstance(samples, Sequence) else [samples]:
-            # Test-time augmentation has a list of views of an image here.
+            # With test-time augmentation it is a list of views of an image.
             sample = sample[0] if isinstance(sample, Sequence) else sample
             if 'gt_sem_seg' not in sample:
                 continue
@@ -61,15 +61,15 @@ class CheckLabelsHook(Hook):
             wrong = labels[(labels >= num_classes) & (labels != head.ignore_index)]
             if len(wrong):
                 shift = (
-                    ', each one less than in the file (reduce_zero_label)'
+                    ', one less than in the file (reduce_zero_label)'
                     if sample.get('reduce_zero_label')
                     else ''
                 )
                 raise ValueError(
                     f'{sample.get("seg_map_path", "A label map")} has the labels '
                     f'{torch.unique(wrong).tolist()}{shift}; the model has {num_classes} '
-                    f'classes: valid are 0 to {num_classes - 1}, and {head.ignore_index} for no '
-                    'class. Correct the file, or num_classes and the classes of the dataset.'
+                    f'classes: valid labels are 0 to {num_classes - 1}, {head.ignore_index} for '
+                    'no class. Fix the file, or num_classes and the classes of the dataset.'
                 )
 
 
@@ -83,12 +83,12 @@ class CompileHook(Hook):
 
         custom_hooks = [dict(type='CompileHook', modules=['backbone'], dynamic=True)]
 
-    Validation and averaged weights stay as they are without it, and so do the names in
-    checkpoints. A part in which SyncBN waits for other processes is compiled piece by
-    piece, between the norms.
+    Validation, averaged weights and the names in checkpoints are the same as without it.
+    A part with SyncBN, which waits for other processes, is compiled in pieces between
+    the norms.
 
     Args:
-        modules: Names of the parts in the model.
+        modules: Names of the submodules to compile.
         arguments: Of `torch.compile`; ``dynamic=True`` is for images of varying sizes.
 
     Raises:
@@ -100,7 +100,7 @@ class CompileHook(Hook):
         self.compiled: list[tuple[nn.Module, Any]] = []
 
     def before_train(self, runner) -> None:
-        """Compile the parts; the compiler works in the first step."""
+        """Mark the parts for compilation, which happens in the first step."""
         model = unwrap(runner.model)
         for name in self.modules:
             try:
@@ -119,23 +119,23 @@ class CompileHook(Hook):
             runner.logger.info(f'{name} is compiled for training{several}: {self.arguments}')
 
     def before_val(self, runner) -> None:
-        """Validate what is not compiled."""
+        """Switch to the uncompiled parts."""
         for piece, _ in self.compiled:
             vars(piece).pop('_compiled_call_impl', None)  # None would be a change, too
 
     def after_val(self, runner) -> None:
-        """Train what is compiled."""
+        """Switch back to the compiled parts."""
         for piece, function in self.compiled:
             piece._compiled_call_impl = function
 
     def after_train(self, runner) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self.before_val(runner)
         self.compiled = []
 
 
 def _without_sync_bn(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest parts of several modules that have no SyncBN, torch's or mmcv's."""
+    """Yield the largest composite submodules without SyncBN, torch's or mmcv's."""
     if not any('SyncBatchNorm' in type(part).__name__ for part in module.modules()):
         yield module
     else:
@@ -146,26 +146,26 @@ def _without_sync_bn(module: nn.Module) -> Iterator[nn.Module]:
 
 @HOOKS.register_module()
 class SaveOnSignalHook(Hook):
-    """Save and end when a scheduler asks for it, before it kills.
+    """Save and exit when a scheduler sends a signal.
 
-    After the step in which a process receives SIGTERM or SIGUSR1, rank 0 saves
-    what ``--resume`` goes on from, and all processes end with exit code 75. Workers
-    that load data pass over SIGUSR1, but end by SIGTERM, as torch has it.
+    After the step in which a process receives SIGTERM or SIGUSR1, rank 0 saves a
+    checkpoint for ``--resume``, and all processes exit with code 75. Data-loading
+    workers ignore SIGUSR1, but SIGTERM ends them, as usual in torch.
 
     Raises:
-        RuntimeError: If the training does not run in the main thread, where alone
-            signals can be received.
+        RuntimeError: If the training does not run in the main thread, the only one
+            that can receive signals.
     """
 
     priority = 'LOWEST'  # after what other hooks do to model and schedule
 
     def __init__(self) -> None:
         self.asked, self.group, self.handlers = False, None, dict[int, Any]()
-        with suppress(RuntimeError):  # elsewhere it may still be for a test
-            self._listen('SIGUSR1')  # workers of an endless loader start with the loop
+        with suppress(RuntimeError):  # in another thread only training is an error
+            self._listen('SIGUSR1')  # before an endless loader starts workers
 
     def before_train(self, runner) -> None:
-        """Listen from now on."""
+        """Start to listen for signals."""
         self._listen('SIGUSR1', 'SIGTERM')
         if is_distributed():
             self.group = dist.new_group(backend='gloo')  # on the host: no GPU has to wait
@@ -177,16 +177,16 @@ class SaveOnSignalHook(Hook):
                 self.handlers[number] = signal.signal(number, self._ask)
         except ValueError:
             raise RuntimeError(
-                'SaveOnSignalHook needs the main thread, where alone signals can be received: '
-                'train there, or take the hook out of custom_hooks.'
+                'SaveOnSignalHook needs the main thread, the only one that can receive signals: '
+                'train there, or remove the hook from custom_hooks.'
             ) from None
 
     def _ask(self, number: int, frame) -> None:
         self.asked = True
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Save and end, if any process was asked to."""
-        asked = torch.tensor(int(self.asked))  # a signal from here on is for the next step
+        """Save and exit, if any process received a signal."""
+        asked = torch.tensor(int(self.asked))  # later signals count for the next step
         if self.group:
             dist.all_reduce(asked, dist.ReduceOp.MAX, self.group)
         if not asked:
@@ -196,15 +196,15 @@ class SaveOnSignalHook(Hook):
         if is_main_process():
             Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
         runner.logger.warning(
-            f'Asked to end: {path} is saved; go on with --resume. Exit code {EXIT_CODE}.'
+            f'Received a signal: saved {path}; continue with --resume. Exit code {EXIT_CODE}.'
         )
-        if self.group:  # torchrun ends all when one has ended: not before it is saved
-            with suppress(RuntimeError):  # one has ended, and so had passed here
+        if self.group:  # torchrun ends all when one exits: wait for the file
+            with suppress(RuntimeError):  # another has passed here and exited
                 dist.barrier(self.group)
         sys.exit(EXIT_CODE)
 
     def after_train(self, runner) -> None:
-        """Listen no more."""
+        """Restore the previous handlers."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers, self.asked = {}, False

@@ -11,8 +11,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's default constructor, with smaller rates for earlier layers.
 
     For any model whose ``backbone`` has ``get_layer_depth``. mmpretrain's constructor
-    asks the whole model for that method, which only classifiers have; those of mmdet
-    and mmseg know a few backbones by their class names. In a config:
+    needs that method on the whole model, which only classifiers have; those of mmdet
+    and mmseg only accept a few backbones, by class name. In a config:
 
         optim_wrapper = dict(
             constructor='LayerDecayOptimWrapperConstructor',
@@ -20,8 +20,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     ``layer_decay_rate``, above 0 and at most 1, is the ratio between the
     learning rates of a layer and the next; what follows the backbone keeps the
-    optimizer's. The other keys of ``paramwise_cfg`` mean what they mean to
-    MMEngine's constructor, and multiply.
+    optimizer's rate. The other keys of ``paramwise_cfg`` work as in MMEngine's
+    constructor; their factors multiply.
 
     Raises:
         ValueError: If the rate is missing or out of range, or the optimizer
@@ -43,7 +43,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs):
         """Add a group for each parameter of ``module`` to ``params``."""
         super().add_params(params, module, prefix, **kwargs)
-        if prefix:  # called by itself, for a part of the model
+        if prefix:  # a recursive call, for a part of the model
             return
         backbone = getattr(module, 'backbone', None)
         if backbone is None or not hasattr(backbone, 'get_layer_depth'):

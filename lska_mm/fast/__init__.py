@@ -1,1 +1,1 @@
-"""The same numbers sooner; the network knows `door` alone."""
+"""Faster implementations with the same results; the network only imports `door`."""

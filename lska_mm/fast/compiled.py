@@ -1,6 +1,6 @@
-"""In graphs that `torch.compile` makes for an NVIDIA GPU: depth-wise convolutions in Triton.
+"""For `torch.compile` on an NVIDIA GPU: depth-wise convolutions in Triton.
 
-The compiler fuses the rest. Graphs that are exported have PyTorch's operators alone.
+The compiler fuses the rest. Exported graphs only have PyTorch's operators.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,22 @@ from . import gpu
 from .gpu import weights_like as weights_like
 from .way import Way
 
-# Torch 2.6 and later know operators in Triton, and tell compiling from exporting.
+# Torch 2.6 and later have Triton operators, and distinguish compiling from exporting.
 _TELLS = hasattr(torch.library, 'triton_op') and hasattr(torch.compiler, '_is_exporting_flag')
 
 
 def runs_here() -> bool:
-    """Tell whether a graph is made to run in this process, not to be exported."""
+    """Tell whether the graph will run in this process, and is not exported."""
     return _TELLS and not torch.compiler._is_exporting_flag
 
 
 def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
-    """Tell whether a backbone is faster for maps that are in memory as (B, H, W, C)."""
+    """Tell whether a backbone is faster with maps in channels_last."""
     return gpu.has_kernels(x) and not gpu.wants_nchw(backbone)
 
 
 def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
-    """Return the function of a module of ``kind`` and a map, which returns the map's layout."""
+    """Return a function of a module of ``kind`` and a map that keeps the map's layout; or None."""
     return getattr(_WAY, kind) if gpu.in_channels_last(x) and gpu.has_kernels(x) else None
 
 

@@ -1,4 +1,4 @@
-"""On a CPU: oneDNN, whose convolutions are fastest in channels_last."""
+"""For a CPU: oneDNN, whose convolutions are fastest in channels_last."""
 
 import functools
 from collections.abc import Callable
@@ -20,24 +20,24 @@ def _pixels(x: Tensor) -> int:
 
 
 def weights_like(x: Tensor) -> tuple:
-    """Return the device and the types that weights must have."""
+    """Return the device and the dtypes that weights must have."""
     return x.is_cpu, x.get_device(), (x.dtype,)
 
 
 def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
-    """Tell whether a backbone is faster for maps that are in memory as (B, H, W, C)."""
+    """Tell whether a backbone is faster with maps in channels_last."""
     return True
 
 
 def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
-    """Return the function of a module of ``kind`` and a map, which returns the map's layout."""
+    """Return a function of a module of ``kind`` and a map that keeps the map's layout; or None."""
     function: Any
     if torch.is_grad_enabled():
         function = getattr(_TRAINING, kind)
     elif (
         torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
-        and min(x.shape[1], x.shape[2] * x.shape[3]) > 1  # others are in no layout for oneDNN
+        and min(x.shape[1], x.shape[2] * x.shape[3]) > 1  # oneDNN has no layout for others
     ):
         function = _INFERENCE[kind]
     else:
@@ -58,7 +58,7 @@ _TRAINING = Way(gradients.depthwise, gradients.conv1x1, gradients.conv_of_gelu)
 
 
 class _Inference:
-    """Functions of a module and a map in channels_last, with weights as they are stored."""
+    """Functions of a module and a map in channels_last, with the weights as stored."""
 
     def gate(self, gate: Any, x: Tensor) -> Tensor:
         """``x * conv1(depthwise(x))``."""
@@ -77,10 +77,10 @@ class _Inference:
         return self._convolve_and_add(branch.proj_2, self.gated(branch, x), x)
 
     def mlp(self, branch: Any, x: Tensor, add: bool = False) -> Tensor:
-        """``fc2(gelu(dwconv(fc1(x))))``; plus ``x``, whose memory it may take.
+        """``fc2(gelu(dwconv(fc1(x))))``; with ``add`` plus ``x``, whose memory it may reuse.
 
-        What lies between is several times as wide as ``x``. Where it is large, it is
-        computed some channels at a time, which stay in the processor's cache.
+        The hidden map is several times as wide as ``x``. If it is large, it is computed
+        in groups of channels that fit in the processor's cache.
         """
         fc1, dwconv, fc2 = branch.fc1, branch.dwconv, branch.fc2
         channels, pixels = len(dwconv.weight), _pixels(x)
@@ -94,7 +94,7 @@ class _Inference:
                 self._convolve_into(fc2, hidden, out, part, with_bias=False)
             elif not add:
                 out = self._convolve(fc2, hidden, 'none', inputs=part)
-            elif width < channels:  # the other channels need x
+            elif width < channels:  # the other groups need x
                 out = self._convolve_and_add(fc2, hidden, x, part)
             else:
                 out = self._convolve_into(fc2, hidden, x)
@@ -103,11 +103,11 @@ class _Inference:
     # One convolution
 
     def _weight(self, conv: Any, x: Tensor, transposed: bool = False) -> Tensor:
-        """The weight of a convolution of ``x``, or of the same along the other axis."""
+        """The weight of a convolution of ``x``, or its transpose."""
         return conv.weight.transpose(2, 3) if transposed else conv.weight
 
     def _arguments(self, conv: Any, x: Tensor, outputs: slice = ALL, inputs: slice = ALL) -> tuple:
-        """What oneDNN wants to know of a convolution, or of some of its channels."""
+        """The arguments of oneDNN for a convolution, or for some of its channels."""
         whole = outputs is inputs is ALL
         weight = self._weight(conv, x) if whole else conv.weight[outputs, inputs]
         groups = 1 if conv.groups == 1 else x.shape[1]
@@ -133,7 +133,7 @@ class _Inference:
     def _convolve_into(
         self, conv: Any, x: Tensor, summand: Tensor, inputs: slice = ALL, with_bias: bool = True
     ) -> Tensor:
-        """A 1 x 1 convolution plus a map, in the memory of that."""
+        """A 1 x 1 convolution plus a map, in the memory of the map."""
         weight, bias, *rest = self._arguments(conv, x, inputs=inputs)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             summand, x, weight, bias if with_bias else None, *rest, 'add', 1.0, None, [], None
@@ -154,15 +154,15 @@ class _Inference:
 
 
 class _Deployed(_Inference, dict):
-    """The same with weights that are kept in oneDNN's own order.
+    """The same with weights that are kept in oneDNN's own memory layout.
 
-    Without them oneDNN brings weights into its order in every call, which for small maps
-    takes as long as the convolution. What is packed is of one tensor and its version, which
-    PyTorch counts up where it changes the tensor, but not through ``.data``, in NumPy, or by
-    an optimizer that is fused.
+    Otherwise oneDNN converts the weights in every call, which for small maps takes as long
+    as the convolution. A packed weight belongs to one tensor and its version, which PyTorch
+    increments when it changes the tensor, but not for changes through ``.data``, in NumPy,
+    or by a fused optimizer.
     """
 
-    def __reduce__(self):  # copies are empty
+    def __reduce__(self):  # copies start empty
         return _Deployed, ()
 
     def block(self, block: Any, x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class _Deployed(_Inference, dict):
         weight = conv.weight
         if weight.is_inference():  # has no version
             return super()._weight(conv, x, transposed)
-        # In the order for maps of another size oneDNN is up to twice as slow.
+        # Packed for maps of another size, oneDNN is up to twice as slow.
         size = _pixels(x).bit_length()
         key = weight._version, weight.data_ptr(), size, transposed, conv.dilation
         found = self.get(id(conv))
@@ -186,7 +186,7 @@ class _Deployed(_Inference, dict):
                 plain.to_mkldnn(), [d * (n // 2) for d, n in zip(dilation, plain.shape[2:])],
                 (1, 1), dilation, conv.groups, list(x.shape),
             )  # fmt: skip
-            # The last keeps the memory from being given to another tensor.
+            # The last keeps the memory from being reused for another tensor.
             found = self[id(conv)] = weight, key, packed, weight.detach()
         return found[2]
 

@@ -1,8 +1,8 @@
-"""Whether a part of the network may be computed faster, and how.
+"""Decide whether a part of the network can be computed faster, and how.
 
-The network is written in plain operators. Where it is called eagerly, and nothing listens
-to it, has changed it or traces it, `fast_path` gives a function with the same result.
-Whatever is not known to be right here is left to the plain operators.
+The network is written in plain operators. If it runs eagerly and has not been hooked,
+modified or traced, `fast_path` returns a function with the same result. In every other
+case the plain operators are used.
 """
 
 import functools
@@ -27,7 +27,7 @@ else:  # torch 2.1
     is_autocast = torch.is_autocast_cpu_enabled
 
 
-# What a module is made of: the names of its parts, and what each has to be.
+# The parts of a module, and the kind that each must be.
 _PARTS: dict[str, dict[str, Any]] = {
     'attention': dict(proj_1='1x1', activation=nn.GELU, spatial_gating_unit='gate', proj_2='1x1'),
     'mlp': dict(fc1='1x1', dwconv='depthwise', act=nn.GELU, fc2='1x1', drop=nn.Dropout),
@@ -42,9 +42,9 @@ _GLOBAL_HOOKS = [
 
 
 def has_fast_path(kind: str) -> Callable[[type], type]:
-    """Decorate a class of the network: its forward takes the fast path, where there is one.
+    """Decorate a class of the network: its forward uses the fast path, if there is one.
 
-    That of subclasses does not.
+    Subclasses do not use it.
     """
 
     def register(cls: Any) -> Any:
@@ -63,11 +63,11 @@ def has_fast_path(kind: str) -> Callable[[type], type]:
 
 
 def fast_path(module: nn.Module, x: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that gives what ``module(x)`` gives, faster; or None.
+    """Return a faster function with the result of ``module(x)``; or None.
 
     Args:
         module: Of a class that `has_fast_path`.
-        x: Map (B, C, H, W), in any layout, which the function returns its map in.
+        x: Map (B, C, H, W), in any layout, which the function keeps.
     """
     device = _device(x)
     if device is None or type(module) not in _KINDS:
@@ -80,7 +80,7 @@ def fast_path(module: nn.Module, x: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def preferred_layout(x: Any, backbone: nn.Module) -> torch.memory_format:
-    """Return the layout in which a backbone is fastest for images (B, C, H, W)."""
+    """Return the memory layout in which a backbone is fastest for images (B, C, H, W)."""
     device = _device(x)
     if device is not None and device.prefers_channels_last(x, backbone):
         return torch.channels_last
@@ -88,16 +88,16 @@ def preferred_layout(x: Any, backbone: nn.Module) -> torch.memory_format:
 
 
 def layout_of(x: Any) -> torch.memory_format:
-    """Return in which order a map (B, C, H, W) is in memory; a tracer's is the ordinary one."""
+    """Return the memory layout of a map (B, C, H, W); for a tracer's, the contiguous one."""
     last = isinstance(x, Tensor) and not x.is_contiguous() and x.stride(1) == 1
     return torch.channels_last if last else torch.contiguous_format
 
 
-# --- The questions ----------------------------------------------------------------------
+# --- Conditions -------------------------------------------------------------------------
 
 
 def _device(x: Any) -> Any:
-    """Return the module for the device of ``x``; None if something else listens or traces."""
+    """Return the module for the device of ``x``; None if operators are hooked or traced."""
     if torch.jit.is_tracing() or type(x) is not Tensor:
         return None
     if is_compiling():
@@ -107,7 +107,7 @@ def _device(x: Any) -> Any:
         device is None
         or x.numel() == 0
         or any(_GLOBAL_HOOKS)
-        or torch._C._len_torch_dispatch_stack()  # what counts or records the operators
+        or torch._C._len_torch_dispatch_stack()  # modes that count or record operators
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -119,7 +119,7 @@ def _device(x: Any) -> Any:
 
 
 def _methods() -> tuple:
-    """Return the functions that computing a module step by step calls."""
+    """Return the functions that the plain operators call, which others may replace."""
     return (
         nn.Module.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.GELU.forward,
         nn.Dropout.forward, F.conv2d, F.gelu,
@@ -130,7 +130,7 @@ _METHODS = _methods()
 
 
 def _out_channels(module: Any, kind: Any, like: tuple, channels: int) -> int:
-    """Return how many channels a module makes of ``channels``; 0 if it is not as it was built."""
+    """Return the output channels of a module for ``channels``; 0 if it was modified."""
     state, cls = module.__dict__, type(module)
     if kind == '1x1' or kind == 'depthwise':
         return _out_channels_of_conv(state, kind, like, channels) if cls is nn.Conv2d else 0
@@ -159,7 +159,7 @@ def _out_channels(module: Any, kind: Any, like: tuple, channels: int) -> int:
 
 
 def _is_listened_to(state: dict) -> bool:
-    """Tell whether calling a module does more than its class says, or something else."""
+    """Tell whether calling a module does anything beyond its class's forward."""
     return bool(
         state['_forward_hooks']
         or state['_forward_pre_hooks']

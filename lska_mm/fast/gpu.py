@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: depth-wise convolutions in Triton, for maps in channels_last."""
+"""For an NVIDIA GPU: depth-wise convolutions in Triton, for maps in channels_last."""
 
 import contextlib
 import functools
@@ -25,24 +25,24 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def weights_like(x: Tensor) -> tuple:
-    """Return the device and the types that weights must have."""
+    """Return the device and the dtypes that weights must have."""
     return x.is_cpu, x.get_device(), TYPES if torch.is_autocast_enabled() else (x.dtype,)
 
 
 def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
-    """Tell whether a backbone is faster for maps that are in memory as (B, H, W, C)."""
+    """Tell whether a backbone is faster with maps in channels_last."""
     return has_kernels(x) and x.numel() >= large(x.get_device()) and not wants_nchw(backbone)
 
 
 def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
-    """Return the function of a module of ``kind`` and a map, which returns the map's layout."""
+    """Return a function of a module of ``kind`` and a map that keeps the map's layout; or None."""
     if in_channels_last(x) and has_kernels(x):
         return getattr(_WITH_KERNELS, kind)
     return _OF_NCHW.mlp if kind == 'mlp' and torch.is_grad_enabled() else None
 
 
 def in_channels_last(x: Tensor) -> bool:
-    """Tell whether a map is in memory as (B, H, W, C), and not as (B, C, H, W), too."""
+    """Tell whether a map is in channels_last, and not contiguous as well."""
     return not x.is_contiguous() and x.stride(1) == 1
 
 
@@ -52,7 +52,7 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def wants_nchw(backbone: nn.Module) -> bool:
-    """Tell whether a part of a backbone is slower in channels_last, or takes any map for NCHW."""
+    """Tell whether a part of a backbone is slower in channels_last, or assumes NCHW."""
     return any(
         module.groups > 1 and not has_kernel(module)
         if isinstance(module, nn.Conv2d)
@@ -68,10 +68,10 @@ def has_kernel(conv: nn.Conv2d) -> bool:
 
 @functools.cache
 def large(gpu: int) -> int:
-    """Return from which number of values in a batch the GPU takes longer than its host.
+    """Return the number of values in a batch from which on the GPU is the bottleneck.
 
-    The kernels are fewer operations for the GPU, and more for the host. 2^24 is right where
-    the host needs 27 us for a launch (docs/results/h200_df6cacc.md).
+    The kernels take less time on the GPU, and more on the host. 2^24 is right for a host
+    that needs 27 us per launch (docs/results/h200_df6cacc.md).
     """
     if 'LSKA_KERNELS_FROM' in os.environ:
         return int(os.environ['LSKA_KERNELS_FROM'])
@@ -79,15 +79,15 @@ def large(gpu: int) -> int:
     launch = min(_seconds(x) for _ in range(5))
     exponent = min(24, max(20, round(24 + math.log2(launch / 27e-6))))
     print_log(
-        f'LSKA-VAN takes its own kernels on GPU {gpu} for batches of 2^{exponent} values or more, '
-        f'as the host needs {launch * 1e6:.0f} us a launch (LSKA_KERNELS_FROM sets the number).',
+        f'LSKA-VAN uses its own kernels on GPU {gpu} for batches of 2^{exponent} values or more, '
+        f'as the host needs {launch * 1e6:.0f} us per launch (LSKA_KERNELS_FROM sets the number).',
         'current',
     )
     return 2**exponent
 
 
 def _seconds(x: Tensor) -> float:
-    """The host's time for an operator, of a hundred that nothing waits for."""
+    """Return the host's time to launch an operator, averaged over a hundred."""
     start = time.perf_counter()
     for _ in range(100):
         x.add_(1)
@@ -116,7 +116,7 @@ def _conv_of_gelu(conv: Any, x: Tensor) -> Tensor:
 
 
 def _is_product(x: Tensor) -> bool:
-    """Tell whether a product of matrices is faster; of float32 convolutions alone use TF32."""
+    """Tell whether a matrix product is faster; in float32 only convolutions use TF32."""
     return x.dtype != torch.float32 or torch.is_autocast_enabled()
 
 

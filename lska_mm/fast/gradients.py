@@ -1,4 +1,4 @@
-"""Convolutions with gradients of their own, for maps in channels_last."""
+"""Convolutions with custom gradients, for maps in channels_last."""
 
 import torch
 from torch import Tensor, nn
@@ -6,12 +6,12 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU; oneDNN's is only called for dense memory, which channels_last is as (B, H, W, C)."""
+    """GELU as (B, H, W, C): PyTorch only calls oneDNN's for contiguous tensors."""
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1 x 1 convolution as a product of matrices."""
+    """A 1 x 1 convolution as a matrix product."""
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
@@ -21,16 +21,15 @@ def conv1x1(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def conv_of_gelu(conv: nn.Conv2d, x: Tensor, as_product: bool = False) -> Tensor:
-    """A 1 x 1 convolution of GELU(x); for the backward pass ``x`` alone is kept."""
+    """A 1 x 1 convolution of GELU(x); only ``x`` is kept for the backward pass."""
     return _ConvOfGELU.apply(x, conv.weight, conv.bias, as_product)
 
 
 def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A depth-wise convolution, on a CPU.
 
-    1 x n kernels are computed as n x 1: in channels_last, B maps of H x W are in memory what
-    B * H maps of W x 1 are; seen so, which copies nothing, a row is a column. oneDNN takes
-    slow paths for rows.
+    1 x n kernels are computed as n x 1: in channels_last, B maps of H x W have the same memory
+    as B * H maps of W x 1, so a view turns rows into columns. oneDNN is slow for rows.
     """
     weight, bias, dilation = _InOwnStrides.apply(conv.weight), conv.bias, conv.dilation[0]
     height, width = conv.kernel_size
@@ -55,7 +54,7 @@ def as_columns(x: Tensor) -> Tensor:
 
 
 def as_rows(columns: Tensor, x: Tensor) -> Tensor:
-    """What `as_columns` made of ``x``, as maps of its size."""
+    """Undo `as_columns`, with the shape of ``x``."""
     b, c, h, w = x.shape
     return columns.permute(0, 2, 3, 1).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
@@ -67,7 +66,7 @@ def _with_strides(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 class _InOwnStrides(torch.autograd.Function):
-    """A weight whose gradient has its strides, as buckets of DistributedDataParallel expect.
+    """A weight whose gradient has its strides, as DistributedDataParallel expects.
 
     Those of convolutions in channels_last differ in dimensions of size 1.
     """
@@ -116,12 +115,11 @@ class _ConvOfGELU(torch.autograd.Function):
 
 
 class _DilatedColumns(torch.autograd.Function):
-    """oneDNN's gradients are several times slower than the convolution.
+    """Dilated columns; oneDNN's gradients are several times slower than the convolution.
 
-    The input's gradient is a convolution with the kernel turned round. For the
-    weights', ``dilation`` rows of a map are seen as one row so many times as
-    wide, where the taps are neighbors: again nothing is copied, but the rows
-    that are missing at the end.
+    The gradient of the input is a convolution with the flipped kernel. For that of
+    the weights, each ``dilation`` rows of a map are viewed as one wide row, in which
+    the taps are adjacent; nothing is copied unless rows have to be padded.
     """
 
     @staticmethod
@@ -154,7 +152,7 @@ def _columns(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> T
 
 
 def _widen(x: Tensor, rows: int) -> Tensor:
-    """Maps (B, C, H, W) as (B, C, H / rows, rows * W), with rows of zeros to fill the last."""
+    """View maps (B, C, H, W) as (B, C, H / rows, rows * W), padded with rows of zeros."""
     batch, channels, height, width = x.shape
     x = x.permute(0, 2, 3, 1)
     if height % rows:

@@ -1,8 +1,8 @@
 """Depth-wise convolutions of maps in channels_last on an NVIDIA GPU, in Triton.
 
-PyTorch's own take several times what the memory needs (docs/performance.md).
-These take weights in float32 or in the precision of the map, and add in float32.
-A tile is of pixels, counted through all images, and of channels.
+PyTorch's own take several times as long as the memory bandwidth requires
+(docs/performance.md). These take weights in float32 or in the precision of the map, and
+accumulate in float32. A tile has pixels, counted through all images, and channels.
 """
 
 import logging
@@ -17,15 +17,15 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 LAST = torch.channels_last
-MOST_TAPS = 32  # of a kernel; larger ones are left to PyTorch
-# More would not fit into the registers of a program, see tests/test_fast/test_kernels.py.
+MOST_TAPS = 32  # of a kernel; PyTorch computes larger ones
+# Larger tiles would not fit into registers, see tests/test_fast/test_kernels.py.
 TILE = 2048  # numbers
 TILE_OF_GRADIENTS = 8192  # bytes
 
 
 @triton.jit
 def _tap(x, here, row, column, inside, dy, dx, height, width, channels):
-    """The values dy rows and dx columns from those that are computed."""
+    """The values dy rows and dx columns away."""
     row, column = row + dy, column + dx
     inside = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     return tl.load(x + here + (dy * width + dx) * channels, mask=inside, other=0).to(tl.float32)
@@ -84,7 +84,7 @@ def _differentiate(
 
 
 def _tiles(x: Tensor, numbers: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How many tiles there are, and how large one is, in pixels and channels."""
+    """Return the number of tiles, and the size of one, in pixels and channels."""
     batch, channels, height, width = x.shape
     wide = min(64, 1 << (channels - 1).bit_length())
     high = numbers // wide
@@ -114,14 +114,14 @@ def _backward(
 
 
 def _prepared(x: Tensor) -> Tensor:
-    """A map in channels_last, in the precision of autocast."""
+    """Return a map in channels_last, in the precision of autocast."""
     if torch.is_autocast_enabled('cuda'):
         x = x.to(torch.get_autocast_dtype('cuda'))
     return x.contiguous(memory_format=LAST)
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """The weights (taps, C) of kernels (C, 1, rows, columns): read so, channels are neighbors."""
+    """Return the weights (taps, C) of kernels (C, 1, rows, columns): channels are adjacent."""
     return weight.flatten(1).t().contiguous()
 
 
@@ -140,7 +140,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, taps = ctx.saved_tensors
-        if not torch.is_grad_enabled():  # nobody wants gradients of these
+        if not torch.is_grad_enabled():  # no second derivatives are needed
             with _or_not(x.get_device()):
                 grad_x, sums = _backward(_differentiate, x, taps, grad, ctx.sizes)
                 sums = sums.to(weight.dtype)
@@ -178,22 +178,22 @@ _works: dict[int, bool] = {}
 
 @contextmanager
 def _or_not(gpu: int) -> Iterator[None]:
-    """Go on after an error of Triton's, and leave a GPU to PyTorch from then on; log why."""
+    """Log an error of Triton, and use PyTorch's convolutions on a GPU from then on."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # of its compiler, the C compiler, or the driver
+    except Exception as error:  # from its compiler, the C compiler, or the driver
         _works[gpu] = False
         print_log(
-            f"LSKA-VAN takes PyTorch's depth-wise convolutions on GPU {gpu}, which are several "
-            f'times as slow as its own: {error}', 'current', logging.WARNING,
+            f"LSKA-VAN uses PyTorch's depth-wise convolutions on GPU {gpu}, which are several "
+            f'times slower than its own: {error}', 'current', logging.WARNING,
         )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
 def works(gpu: int) -> bool:
-    """Tell whether Triton can compile for a GPU, which takes a C compiler; or log why not."""
+    """Tell whether Triton can compile for a GPU, which needs a C compiler; or log why not."""
     if gpu not in _works:
         _works[gpu] = True
         with _or_not(gpu):
@@ -208,7 +208,7 @@ def works(gpu: int) -> bool:
 
 if hasattr(torch.library, 'triton_op'):
 
-    def _wrap(kernel: Any) -> Any:  # not what Triton interprets
+    def _wrap(kernel: Any) -> Any:  # not for Triton's interpreter
         return (
             torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
         )
@@ -237,6 +237,6 @@ if hasattr(torch.library, 'triton_op'):
 
 
 def convolve_in_graph(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """The same as `convolve`, as an operator with its own gradient for `torch.compile`."""
+    """Like `convolve`, as an operator with its own gradient for `torch.compile`."""
     sizes = [*weight.shape[2:], dilation]
     return torch.ops.lska_mm.depthwise(_prepared(x), _taps(weight), bias, sizes)

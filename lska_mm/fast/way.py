@@ -1,4 +1,4 @@
-"""The branches of a block, by other functions for their convolutions."""
+"""The branches of a block, with other functions for their convolutions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ Convolve = Callable[[Any, Tensor], Tensor]  # a module and its map (B, C, H, W)
 
 
 class Way(NamedTuple):
-    """How convolutions are computed; its methods are those of the modules by their kinds."""
+    """Functions for convolutions, and methods that compute each kind of module with them."""
 
     depthwise: Convolve
     conv1x1: Convolve

@@ -1,1 +1,1 @@
-"""The network; each module is imported by its own name, so that `weights` can use some."""
+"""The network; import modules by their own names, as `weights` uses some of them."""

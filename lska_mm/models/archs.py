@@ -1,8 +1,8 @@
-"""Architectures by name, and arguments that say something of each stage."""
+"""Architectures by name, and arguments with a value per stage."""
 
 from collections.abc import Sequence
 
-_SIZES = {  # widths, depths, MLP ratios; by the paper's names, mmpretrain's and VAN's
+_SIZES = {  # widths, depths, MLP ratios; names of the paper, mmpretrain and VAN
     'tiny t b0': ([32, 64, 160, 256], [3, 3, 5, 2], [8, 8, 4, 4]),
     'small s b1': ([64, 128, 320, 512], [2, 2, 4, 2], [8, 8, 4, 4]),
     'base b b2': ([64, 128, 320, 512], [3, 3, 12, 3], [8, 8, 4, 4]),
@@ -41,7 +41,7 @@ def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> Sequ
     if len(kernel_size) != num_stages:
         raise ValueError(
             f'kernel_size={list(kernel_size)} has {len(kernel_size)} values, the arch has '
-            f'{num_stages} stages; give one for all stages, or one per stage.'
+            f'{num_stages} stages; expected one for all stages, or one per stage.'
         )
     return kernel_size
 

@@ -1,4 +1,4 @@
-"""What a stage of VAN (arXiv:2202.09741) is made of: a patch embedding, and blocks."""
+"""The parts of a stage of VAN (arXiv:2202.09741): a patch embedding, and blocks."""
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -78,7 +78,7 @@ class PatchEmbed(BaseModule):
 
 
 def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
-    """Build a norm of maps (B, C, H, W).
+    """Build a norm for maps (B, C, H, W).
 
     Raises:
         ValueError: If it normalizes the last axis, the width, as LayerNorm does.
@@ -87,14 +87,14 @@ def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
     if normalizes_last_axis(norm, channels):
         raise ValueError(
             f'norm_cfg={dict(norm_cfg)} normalizes the last axis, which is the width of the maps '
-            'in the blocks; take BN, SyncBN or GN. stage_norm_cfg is the norm after each stage.'
+            'in the blocks; use BN, SyncBN or GN. stage_norm_cfg is the norm after each stage.'
         )
     return norm
 
 
 @torch.no_grad()
 def normalizes_last_axis(norm: nn.Module, channels: int) -> bool:
-    """Tell whether a norm takes (..., C), as LayerNorm, and not (B, C, H, W), as BN and LN2d."""
+    """Tell whether a norm takes (..., C), like LayerNorm, not (B, C, H, W), like BN and LN2d."""
     if not hasattr(norm, 'normalized_shape'):
         return False
     like = next(norm.parameters(), torch.empty(()))

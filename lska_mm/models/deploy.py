@@ -20,7 +20,7 @@ Affine = tuple[Tensor, Tensor]  # a factor and a summand for each channel
 
 @has_fast_path('deployed')
 class FusedBlock(BaseModule):
-    """What `Block` computes in inference, norms and layer scales in its convolutions.
+    """A `Block` for inference, with norms and layer scales folded into its convolutions.
 
     With BN(x) = a x + b and layer scale s, the first half of a block is
     x + s (proj_2(g) + a x + b) = (1 + s a) x + (s proj_2(g) + s b).
@@ -44,9 +44,9 @@ class FusedBlock(BaseModule):
 
 
 def fold(conv: nn.Conv2d, before: Affine | None = None, after: Affine | None = None) -> None:
-    """Make a factor and a summand before or after a convolution part of it.
+    """Fold a factor and a summand before or after a convolution into it.
 
-    Before it they are exact at the borders only where nothing is padded.
+    Before it, they are exact at the borders only without padding.
     """
     assert conv.bias is not None
     with torch.no_grad():
@@ -62,10 +62,10 @@ def fold(conv: nn.Conv2d, before: Affine | None = None, after: Affine | None = N
 
 @torch.no_grad()
 def fold_stages(stages: Sequence[tuple[PatchEmbed, ModuleList]]) -> None:
-    """Fold patch embeddings and blocks, all or, if one cannot be, none.
+    """Fold all patch embeddings and blocks or, if one cannot be folded, none.
 
     Raises:
-        TypeError: Names what cannot be folded, and what to do first.
+        TypeError: If one cannot be folded; names it, and what to do first.
     """
     norms, seen = [], dict[Tensor, str]()
     for i, (patch_embed, blocks) in enumerate(stages, start=1):
@@ -85,7 +85,7 @@ def fold_stages(stages: Sequence[tuple[PatchEmbed, ModuleList]]) -> None:
 
 # --- What can be folded -------------------------------------------------------------------
 
-# What of a block is folded, or gone afterwards.
+# The parts of a block that are folded or removed.
 _FOLDED = {
     '': Block, 'attn': Attention, 'attn.proj_1': nn.Conv2d, 'attn.proj_2': nn.Conv2d,
     'mlp': MLP, 'mlp.fc1': nn.Conv2d, 'mlp.fc2': nn.Conv2d,
@@ -98,18 +98,18 @@ _REMOVERS = {
 
 
 def norms_of(name: str, block: Any, seen: dict[Tensor, str]) -> tuple[Affine, Affine]:
-    """Return the norms of a block that can be folded, and note what is ``seen`` of it."""
+    """Return the norms of a block that can be folded; record its parameters in ``seen``."""
     for path, cls in _FOLDED.items():
         part = block.get_submodule(path)
         check_as_built(f'{name}.{path}'.rstrip('.'), part, cls)
         if cls is not nn.Conv2d:
             continue
         if part.groups > 1 or part.padding != (0, 0):
-            raise TypeError(f'{name}.{path} cannot be folded: it pads, or has groups.')
+            raise TypeError(f'{name}.{path} cannot be folded: it has padding or groups.')
         for own, parameter in part.named_parameters(f'{name}.{path}'):
             first = seen.setdefault(parameter, own)
             if first != own:
-                raise TypeError(f'{own} cannot be folded: it is {first}, too; copy it first.')
+                raise TypeError(f'{own} cannot be folded: it is shared with {first}; copy it.')
     channels = block.attn.proj_1.weight[0, :, 0, 0]
     norm1, norm2 = (affine(f'{name}.norm{i}', block.get_submodule(f'norm{i}'), channels)
                     for i in (1, 2))  # fmt: skip
@@ -117,7 +117,7 @@ def norms_of(name: str, block: Any, seen: dict[Tensor, str]) -> tuple[Affine, Af
 
 
 def check_as_built(name: str, module: Any, cls: type | None = None) -> None:
-    """Refuse a module that does something else than its class does with its weights."""
+    """Refuse a module that computes anything else than its class does with its weights."""
     hooks = [
         hook
         for kind in ('forward_pre', 'forward', 'backward_pre', 'backward')
@@ -130,11 +130,11 @@ def check_as_built(name: str, module: Any, cls: type | None = None) -> None:
     if removers:
         reason = f"its weight is computed from others; call {removers[0]}(module, 'weight') first"
     elif hooks:
-        reason = f'it has {len(hooks)} hooks, which would see other maps; remove them first'
+        reason = f'it has {len(hooks)} hooks, which would get other maps; remove them first'
     elif 'forward' in vars(module):
-        reason = 'its forward was replaced; delete that first'
+        reason = 'its forward was replaced; restore it first'
     elif cls is not None and type(module) is not cls:
-        reason = f'it is a {type(module).__name__}, not the {cls.__name__} that was built'
+        reason = f'it is a {type(module).__name__}, not the original {cls.__name__}'
     elif cls is nn.Conv2d and module.bias is None:
         reason = 'it has no bias'
     else:
@@ -143,9 +143,9 @@ def check_as_built(name: str, module: Any, cls: type | None = None) -> None:
 
 
 def affine(name: str, norm: nn.Module, like: Tensor) -> Affine:
-    """A norm in inference as a factor and a summand for each channel.
+    """Return the factor and the summand of each channel for a norm in inference.
 
-    Of whatever class: the norm itself says what it makes of zeros, ones and other numbers.
+    They are measured with zeros, ones and other numbers, so its class does not matter.
     ``like`` has a number for each channel.
     """
     check_as_built(name, norm)
@@ -157,7 +157,7 @@ def affine(name: str, norm: nn.Module, like: Tensor) -> Affine:
     factor = twin(ones) - summand
     if not like.is_meta and not torch.allclose(twin(numbers), factor * numbers + summand):
         raise TypeError(
-            f'{name} cannot be folded: it is {norm}, and only BatchNorm with statistics of its '
-            'own can be part of a convolution.'
+            f'{name} cannot be folded: it is {norm}, and only BatchNorm with running statistics '
+            'can be folded into a convolution.'
         )
     return factor[0, :, 0, 0].to(like), summand[0, :, 0, 0].to(like)

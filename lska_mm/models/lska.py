@@ -1,9 +1,9 @@
-"""Large Separable Kernel Attention: a big kernel out of small convolutions.
+"""Large Separable Kernel Attention: a large kernel built from small convolutions.
 
 From `Large Separable Kernel Attention: Rethinking the Large Kernel Attention
 Design in CNN <https://arxiv.org/abs/2309.01439>`_ (Lau, Po and Rehman, 2023),
 which splits the 2-D depth-wise kernels of VAN's attention (arXiv:2202.09741)
-into 1-D ones. Module names follow the weights that the authors published.
+into 1-D ones. Module names are those in the authors' weights.
 """
 
 from collections import OrderedDict
@@ -28,7 +28,7 @@ class KernelSplit(NamedTuple):
 
     @property
     def kernel_size(self) -> int:
-        """Pixels from the first to the last that the two kernels see together."""
+        """Side of the receptive field of the two kernels together, in pixels."""
         return self.local + self.dilation * (self.far - 1)
 
 
@@ -39,7 +39,7 @@ def _split(kernel_size: int) -> KernelSplit | None:
 
 
 def split_kernel(kernel_size: int) -> KernelSplit:
-    """Split a kernel into a local and a far part that together see exactly its size.
+    """Split a kernel into a local and a far part that together cover exactly its size.
 
     Both are odd, so that they can be centered.
 
@@ -54,14 +54,14 @@ def split_kernel(kernel_size: int) -> KernelSplit:
         nearest = [k for k in valid if k < kernel_size][-1:]
         nearest += [k for k in valid if k > kernel_size][:1]
         raise ValueError(
-            f'kernel_size={kernel_size} cannot be split into two centered kernels; nearest to it '
-            f'of those that can: {" and ".join(map(str, nearest))} (published: 7, 11, 23, 35, 53).'
+            f'kernel_size={kernel_size} cannot be split into two centered kernels; the nearest '
+            f'valid sizes: {" and ".join(map(str, nearest))} (published: 7, 11, 23, 35, 53).'
         )
     return split
 
 
 def kernel_layout(attention: str, kernel_size: int) -> dict[str, tuple[tuple[int, int], int]]:
-    """The depth-wise convolutions of a gate, in the order they are applied.
+    """Return the depth-wise convolutions of a gate, in the order of application.
 
     Returns:
         Module name to ((height, width), dilation).
@@ -95,7 +95,7 @@ def depthwise_conv(channels: int, kernel: tuple[int, int], dilation: int = 1) ->
 
 
 def check_channels(x: Tensor, expected: int, whose: str) -> None:
-    """Refuse a map (B, C, H, W) of another number of channels.
+    """Refuse a map (B, C, H, W) with another number of channels.
 
     Raises:
         ValueError: Names both numbers.
@@ -109,11 +109,11 @@ def check_channels(x: Tensor, expected: int, whose: str) -> None:
 @MODELS.register_module()
 @has_fast_path('gate')
 class LSKA(Sequential):
-    """Large-kernel gate: each pixel scaled by what its neighborhood holds.
+    """Large-kernel gate: scale each pixel by a factor computed from its neighborhood.
 
     ``x * conv1(depthwise(x))``, where the depth-wise convolutions of
-    `kernel_layout` together see ``kernel_size`` x ``kernel_size`` pixels. Also a
-    plugin layer of mmcv, as ``plugins`` of mmdet's and mmseg's ResNet takes them.
+    `kernel_layout` together cover ``kernel_size`` x ``kernel_size`` pixels. Also a
+    plugin layer of mmcv, for ``plugins`` of mmdet's and mmseg's ResNet.
 
     Args:
         in_channels: Channels of the input and of the output.
@@ -124,10 +124,10 @@ class LSKA(Sequential):
         init_cfg: Initialization, in MMEngine's form.
 
     Raises:
-        ValueError: See `kernel_layout`; on a map of other than ``in_channels``.
+        ValueError: See `kernel_layout`; if a map has other than ``in_channels``.
     """
 
-    _abbr_ = 'lska'  # the plugin's name in a block, and so in checkpoints
+    _abbr_ = 'lska'  # the plugin's name in a block, and in checkpoints
 
     def __init__(
         self,

@@ -12,21 +12,21 @@ from .lska import Attention, check_channels
 
 @MODELS.register_module()
 class LSKANeck(BaseModule):
-    """The attention of a VAN block, on each map of a neck with weights of its own.
+    """The attention of a VAN block, with separate weights for each map of a neck.
 
-    Stands behind another neck, in a list:
+    Use it behind another neck, in a list:
 
         neck=[dict(type='FPN', ...), dict(type='LSKANeck', in_channels=256, num_outs=5)]
 
     Args:
-        in_channels: Channels of the maps, of all or a list with one value per map.
+        in_channels: Channels of all maps, or a list with one value per map.
         num_outs: Number of maps.
         kernel_size: Side of the receptive field, in pixels of the map.
         attention: The kind of gate, see `LSKA`.
-        init_cfg: Initialization, in MMEngine's form; without it PyTorch's.
+        init_cfg: Initialization, in MMEngine's form; by default PyTorch's.
 
     Raises:
-        ValueError: If the maps are not those that the arguments say; see also `LSKA`.
+        ValueError: If the maps do not match the arguments; see also `LSKA`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LSKANeck(BaseModule):
         if len(in_channels) != num_outs:
             raise ValueError(
                 f'in_channels={list(in_channels)} has {len(in_channels)} values for '
-                f'num_outs={num_outs} maps; give one for all maps, or one per map.'
+                f'num_outs={num_outs} maps; expected one for all maps, or one per map.'
             )
         self.in_channels = list(in_channels)
         self.num_outs = num_outs
@@ -52,7 +52,7 @@ class LSKANeck(BaseModule):
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Maps (B, in_channels[i], H_i, W_i) to as many of the same sizes."""
+        """Transform maps (B, in_channels[i], H_i, W_i) to maps of the same shapes."""
         if len(inputs) != self.num_outs:
             raise ValueError(f'LSKANeck expects num_outs={self.num_outs} maps, got {len(inputs)}.')
         outs = []

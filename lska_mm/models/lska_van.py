@@ -1,9 +1,9 @@
 """LSKA-VAN: the Visual Attention Network with large separable kernels.
 
 Network from `Visual Attention Network <https://arxiv.org/abs/2202.09741>`_ (Guo
-et al., 2022), attention from arXiv:2309.01439 (see `lska`). Module names
-follow the ImageNet weights that the authors of the latter published; arguments
-follow OpenMMLab's backbones.
+et al., 2022), attention from arXiv:2309.01439 (see `lska`). Module names are
+those in the ImageNet weights of the latter's authors; arguments follow OpenMMLab's
+backbones.
 """
 
 import math
@@ -39,12 +39,12 @@ class LSKAVAN(BaseModule):
     network, size or kernel are refused (see `lska_mm.weights.names`).
 
     Args:
-        arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or as mmpretrain and
-            VAN's authors call them, ``'t'`` to ``'l'`` and ``'b0'`` to ``'b6'``; or a
-            dict of the lists ``embed_dims``, ``depths``, ``ffn_ratios``, one value
+        arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or the names of
+            mmpretrain and VAN's authors, ``'t'`` to ``'l'`` and ``'b0'`` to ``'b6'``;
+            or a dict of the lists ``embed_dims``, ``depths``, ``ffn_ratios``, one value
             per stage.
         kernel_size: Side of the attention's receptive field, in pixels, or a
-            list of them, one per stage: 7, 11, 23, 35 and 53 were published,
+            list with one value per stage: 7, 11, 23, 35 and 53 were published,
             see `split_kernel` for others.
         attention: The kind of gate, see `LSKA`.
         in_channels: Channels of the image.
@@ -52,21 +52,21 @@ class LSKAVAN(BaseModule):
         drop_path_rate: Probability of skipping a branch in the last block; it
             rises linearly from 0 in the first.
         out_indices: Stages whose maps are returned, negative from the end.
-            Stages after the last one asked for are not built.
+            Stages after the last of these are not built.
         frozen_stages: Stages 0 up to this one neither train nor update their
             statistics; -1 freezes none.
         norm_eval: Keep BatchNorm's statistics fixed in training.
         with_cp: Recompute the branches in the backward pass to save memory.
-        deploy: Build what `switch_to_deploy` makes, to load its weights.
-        patch_sizes: Side of each patch embedding's kernel, in pixels of its input.
+        deploy: Build the result of `switch_to_deploy`, to load its weights.
+        patch_sizes: Kernel size of each patch embedding.
         norm_cfg: Norms of patch embeddings and blocks.
         stage_norm_cfg: Norm at the end of each stage.
         init_cfg: Initialization, in MMEngine's form. Without it convolutions
             start from a normal distribution of variance 2 / fan-out.
 
     Raises:
-        ValueError: On an argument out of range; says what is valid.
-        CheckpointError: On loading weights that are not this backbone's.
+        ValueError: If an argument is out of range; says what is valid.
+        CheckpointError: If loaded weights are not this backbone's.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class LSKAVAN(BaseModule):
         if not -1 <= frozen_stages < self.num_stages:
             raise ValueError(
                 f'frozen_stages={frozen_stages} is out of range; the backbone '
-                f'has stages 0 to {self.num_stages - 1}, -1 freezes none.'
+                f'has stages 0 to {self.num_stages - 1}; -1 freezes none.'
             )
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -135,14 +135,14 @@ class LSKAVAN(BaseModule):
         return tuple(getattr(self, f'{name}{index + 1}') for name in names)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps of the stages in ``out_indices``, in that order.
+        """Return the maps of the stages in ``out_indices``, in that order.
 
         Args:
             x: Images (B, in_channels, H, W).
 
         Returns:
             (B, embed_dims[i], H / 2^(i + 2), W / 2^(i + 2)) for stage i, sizes
-            rounded up; channels_last where ``x`` is.
+            rounded up; in channels_last if ``x`` is.
         """
         layout, fastest = layout_of(x), preferred_layout(x, self)
         outs = []
@@ -160,7 +160,7 @@ class LSKAVAN(BaseModule):
         return tuple(outs[i].contiguous(memory_format=layout) for i in self.out_indices)
 
     def init_weights(self) -> None:
-        """Initialize as ``init_cfg`` says, without one as the paper does."""
+        """Initialize as in ``init_cfg``, by default as in the paper."""
         if not self.init_cfg and not self.is_init:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
@@ -169,20 +169,20 @@ class LSKAVAN(BaseModule):
                     nn.init.normal_(module.weight, 0, math.sqrt(2 * module.groups / fan_out))
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-        with self._strictly(True):  # MMEngine's `Pretrained` only warns of what stays random
+        with self._strictly(True):  # MMEngine's `Pretrained` would only warn
             super().init_weights()
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Fold BatchNorms and layer scales into the convolutions, for inference.
 
-        The outputs stay the same as in evaluation but for rounding, and the
-        backbone stays in evaluation. Done twice, nothing more happens. The state
-        dict then is that of ``LSKAVAN(..., deploy=True)``.
+        The outputs are the same as in evaluation except for rounding, and the
+        backbone stays in evaluation mode. A second call does nothing. The state
+        dict becomes that of ``LSKAVAN(..., deploy=True)``.
 
         Raises:
-            TypeError: If a norm is not BatchNorm in inference, or a part is not as it was
-                built; names it, and changes nothing.
+            TypeError: If a norm is not a BatchNorm with running statistics, or a part was
+                modified; names it, and changes nothing.
         """
         if self.deployed:
             return
@@ -196,15 +196,15 @@ class LSKAVAN(BaseModule):
                 module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'LSKAVAN':
-        """Switch between training and evaluation; what is frozen stays so.
+        """Switch between training and evaluation mode; frozen stages stay frozen.
 
         Raises:
-            RuntimeError: If the backbone is deployed, and so for inference alone.
+            RuntimeError: If the backbone is deployed, which is only for inference.
         """
         if mode and self.deployed:
             raise RuntimeError(
                 'A deployed backbone has no norms left to train: build it without deploy=True, '
-                'and load the weights that it had before.'
+                'and load the original weights.'
             )
         super().train(mode)
         self._freeze_stages()
@@ -215,12 +215,12 @@ class LSKAVAN(BaseModule):
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Which layer a parameter is of, for layer-wise learning-rate decay.
+        """Return the layer of a parameter, for layer-wise learning-rate decay.
 
-        Takes a name in the whole model, and what stands before the backbone's names
-        there; returns the layer, and how many there are. The first patch embedding
-        is layer 0, each block one more; later patch embeddings and the stage norms
-        go with the block before them. The last layer is all that follows the backbone.
+        Takes a name in the whole model, and the prefix of the backbone's names there;
+        returns the layer, and the number of layers. The first patch embedding is
+        layer 0, each block one more; later patch embeddings and the stage norms belong
+        to the block before them. Everything after the backbone is the last layer.
         """
         depths = self.arch['depths'][: self.num_stages]
         num_layers = sum(depths) + 2
@@ -240,14 +240,14 @@ class LSKAVAN(BaseModule):
             return super().load_state_dict(state_dict, strict, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
-        file = local_metadata.get('file')  # of tensors that MMEngine has read from one
+        file = local_metadata.get('file')  # set by `from_file`
         strict = file is not None if self._strict is None else self._strict
         adapt_state_dict(self, state_dict, prefix, strict, file or '')
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     @contextmanager
     def _strictly(self, strict: bool) -> Iterator[None]:
-        """Whether to refuse tensors that are not just this backbone's."""
+        """Set whether to refuse tensors that are not exactly this backbone's."""
         self._strict = strict
         try:
             yield

@@ -1,14 +1,14 @@
-"""The zip archives of `torch.save`, which Python and torch may see differently."""
+"""The zip archives of `torch.save`, which Python and torch may read differently."""
 
 import os
 import zipfile
 
 
 def storage_sizes(path: str) -> dict[str, int]:
-    """Return the bytes of each storage in a zip archive, where torch sees the same archive.
+    """Return the bytes of each storage in a zip archive, if torch reads it the same way.
 
-    `zipfile` finds the directory by what lies before the end of the file, torch by the
-    offsets written there; torch ignores case.
+    `zipfile` finds the directory from the end of the file, torch from the offsets written
+    there; torch ignores case.
     """
     with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
         entries, room = archive.infolist(), file.seek(-98, os.SEEK_END) + 98

@@ -1,4 +1,4 @@
-"""What the tools that rewrite checkpoints share: read, check, write."""
+"""Read, check and write checkpoints, for the tools that convert them."""
 
 import hashlib
 import io
@@ -25,13 +25,13 @@ def convert(
 ) -> None:
     """Read a checkpoint, change its tensors, and write another; print what was done.
 
-    ``transform`` makes of tensors under this package's names, and of ``meta``, others, and
-    lines to print. Of what else the file holds, ``meta`` stays, without the config's text.
+    ``transform`` takes tensors under this package's names, and ``meta``; it returns tensors
+    and lines to print. Of the rest of the file only ``meta`` is kept, without the config's text.
     The file ``target`` gets a hash in its name: NAME.pth becomes NAME-1a2b3c4d.pth.
 
     Raises:
-        CheckpointError: If there is no LSKA-VAN in the file, or not a whole one.
-        FileExistsError: If the file to write is ``source``.
+        CheckpointError: If there is no LSKA-VAN in the file, or only a part of one.
+        FileExistsError: If the output file is ``source``.
     """
     content = load_from_local(find_checkpoint(source), 'cpu')
     tensors = get_state_dict(content)
@@ -47,7 +47,7 @@ def convert(
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
     written = target.with_name(f'{target.stem}-{digest}.pth')
     if written.exists() and written.samefile(source):
-        raise FileExistsError(f'{written} is the file to convert; name another one to write.')
+        raise FileExistsError(f'{written} is the file to convert; choose another output file.')
     with written_beside(written) as part:
         part.write_bytes(buffer.getbuffer())
     print('\n'.join([*lines, f'now {signature(converted)}']))
@@ -58,14 +58,14 @@ def convert(
 
 
 def read_whole(state_dict: Mapping[str, Any], source: str) -> State:
-    """Return tensors under this package's names, if they are a whole LSKA-VAN.
+    """Return tensors under this package's names, if they are a complete LSKA-VAN.
 
-    Its norms may be of any kind: each must have the tensors that its like have in the
-    other blocks and stages. Modules of a subclass may be among the tensors.
+    Its norms may be of any kind, with the same tensors in all blocks and stages. There may
+    be tensors of a subclass's own modules.
 
     Raises:
-        CheckpointError: If there is no LSKA-VAN among them, or a part of one; if shapes
-            do not fit each other; if one holds NaN or infinity.
+        CheckpointError: If there is no LSKA-VAN among them, or only a part of one; if shapes
+            do not fit each other; if a tensor has NaN or infinity.
     """
     state, description = read_state(state_dict, source)
     van = first_stages(state, len(state))
@@ -73,7 +73,7 @@ def read_whole(state_dict: Mapping[str, Any], source: str) -> State:
     try:
         with torch.device('meta'):
             backbone = MODELS.build(dict(type='LSKAVAN', **description, out_indices=[-1]))
-    except ValueError as error:  # of kernels that no gate has
+    except ValueError as error:  # kernel sizes that no gate has
         raise CheckpointError(f'{source} holds no LSKA-VAN: {error}') from None
     norms = {name: norm.weight for name, norm in backbone.named_modules()
              if isinstance(norm, (nn.BatchNorm2d, nn.LayerNorm))}  # fmt: skip
@@ -88,13 +88,13 @@ def read_whole(state_dict: Mapping[str, Any], source: str) -> State:
             expected[f'{norm}.{name}'] = value if getattr(value, 'ndim', 1) != 1 else like
     problem = compare(found, expected)
     if problem:
-        raise CheckpointError(f'{source} holds no whole {signature(state)}: {problem}.')
+        raise CheckpointError(f'{source} holds no complete {signature(state)}: {problem}.')
     return state
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give a file to write, which takes the place of ``path`` at the end, whole."""
+    """Yield a temporary file beside ``path`` that replaces it at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.part')
     try:

@@ -1,4 +1,4 @@
-"""What MMEngine reads checkpoints with: files, and the URLs ``http://`` and ``https://``."""
+"""Checkpoint readers for MMEngine: of files, and of ``http://`` and ``https://`` URLs."""
 
 import os
 import pickle
@@ -23,28 +23,28 @@ _SEPARABLE = re.compile(
 
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Read what `torch.save` wrote, without running code that the file may carry.
+    """Read what `torch.save` wrote, without running code that the file may contain.
 
-    Serves ``Pretrained``, ``load_from``, ``--resume`` and `init_detector`. An
+    Used by ``Pretrained``, ``load_from``, ``--resume`` and `init_detector`. An
     LSKA-VAN in the published layout comes back under this package's names, so
-    that detectors and segmentors can start from it by its path alone. An `LSKAVAN`
-    refuses what of it would leave a part of the backbone random, see `from_file`.
+    that detectors and segmentors can start from its path. An `LSKAVAN` refuses
+    tensors that would leave a part of it random, see `from_file`.
 
     Raises:
         OSError: If there is no such file.
-        CheckpointError: If the file is damaged, or names functions that could
+        CheckpointError: If the file is damaged, or refers to functions that could
             run code; setting ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` trusts it.
     """
     try:
         path = find_checkpoint(filename)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f'{error} Put the weights there, or name others: in a config '
-            'model.backbone.init_cfg.checkpoint (None starts from random weights) or load_from. '
-            'Our configs look in the folder of LSKA_PRETRAINED, or "pretrained".'
+            f'{error} Put the weights there, or set another path in the config: '
+            'model.backbone.init_cfg.checkpoint (init_cfg=None: random weights) or load_from. '
+            'Our configs look in the folder that LSKA_PRETRAINED names, or in "pretrained".'
         ) from None
     if os.path.isdir(path):
-        raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
+        raise IsADirectoryError(f'{path} is a folder; expected a checkpoint file.')
     trusted, distrusted = (
         os.environ.get(name, '').lower() in ('1', 'y', 'yes', 'true') for name in (TRUST, DISTRUST)
     )
@@ -58,7 +58,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         if isinstance(error, pickle.UnpicklingError if distrusted else RefusedError):
             raise CheckpointError(
                 f'{path} was refused: it holds {reason}, and loading that could run code. If you '
-                f'trust whoever made the file, set {TRUST}=1 for this one command.'
+                f'trust its author, set {TRUST}=1 for this one command.'
             ) from None
         raise CheckpointError(
             f'{path} is damaged, or not a checkpoint of torch.save '
@@ -69,7 +69,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     state_dict = get_state_dict(checkpoint)
     wrapped = state_dict is not checkpoint
     if any(_SEPARABLE.fullmatch(str(key)) for key in state_dict):
-        # `Pretrained(prefix='module.')` asks for that; others take it off
+        # `Pretrained(prefix='module.')` expects it; others remove it
         prefix = 'module.' if all(str(key).startswith('module.') for key in state_dict) else ''
         converted = convert_state_dict(state_dict, path)
         state_dict = {f'{prefix}{key}': value for key, value in converted.items()}
@@ -78,10 +78,10 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 
 def find_checkpoint(filename: str) -> str:
-    """Return the path of what is there, or the URL, that a command line names.
+    """Return the path of a checkpoint, ``~`` expanded, or its URL.
 
     Raises:
-        FileNotFoundError: If there is nothing.
+        FileNotFoundError: If there is no such file.
     """
     path = os.path.expanduser(filename)
     if '://' not in path and not os.path.exists(path):
@@ -95,7 +95,7 @@ def load_from_http(
     model_dir: str | None = None,
     progress: bool = os.isatty(0),
 ) -> Any:
-    """Do what MMEngine's function of this name does, but read as `load_from_local` does.
+    """Download like MMEngine's function of this name, but read like `load_from_local`.
 
     Raises:
         OSError: If it cannot be downloaded.
@@ -103,7 +103,7 @@ def load_from_http(
     """
     folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
     path = folder / Path(urlparse(filename).path).name
-    for turn in (get_rank() == 0, True):  # the others use what the first has downloaded
+    for turn in (get_rank() == 0, True):  # the others use the first one's download
         if turn and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(filename, str(path), progress=progress)
@@ -112,5 +112,5 @@ def load_from_http(
         return load_from_local(str(path), map_location)
     except CheckpointError as error:
         raise CheckpointError(
-            f'{error} It is from {filename}; delete it to download it again.'
+            f'{error} It was downloaded from {filename}; delete it to try again.'
         ) from None

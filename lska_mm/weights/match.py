@@ -1,7 +1,7 @@
-"""What tensors are, and whether they are a model's.
+"""Identify the network that tensors are of, and compare them with a model.
 
-MMEngine loads with ``strict=False``, which leaves a wrong layout or kernel size
-behind as random weights and a warning: `adapt_state_dict` makes that an error.
+MMEngine loads with ``strict=False``: a wrong layout or kernel size leaves random
+weights and a warning, which `adapt_state_dict` turns into an error.
 """
 
 import math
@@ -15,22 +15,22 @@ from ..models.archs import ARCHS
 from .names import CheckpointError, convert_key, convert_state_dict, from_file
 
 _VAN = re.compile(r'(?:backbone\.)?((?:patch_embed|block|norm)(\d+)\..+)')
-# What every VAN has, and no subclass adds.
+# Names that every VAN has, and no subclass adds.
 PUBLISHED = re.compile(
     r'(norm\d+|patch_embed\d+\.(proj|norm)|block\d+\.\d+\.(norm[12]|layer_scale_[12]|shortcut|'
     r'attn\.(proj_[12]|spatial_gating_unit\.\w+)|mlp\.(fc[12]|dwconv)))(\.[^.]+)?'
 )
 
-# --- What a set of tensors is --------------------------------------------------
+# --- Identification ------------------------------------------------------------
 
 
 def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the network off the names, in any layout, and shapes of its tensors.
+    """Infer the network from the names, in any layout, and shapes of its tensors.
 
     Returns:
         ``arch`` (a dict), ``attention``, ``kernel_size`` (a list only where the stages
         differ), ``in_channels`` and, where unusual, ``patch_sizes`` and ``deploy`` of
-        `LSKAVAN`, which build a network of these shapes; None if there is none.
+        `LSKAVAN`, which build a network of these shapes; None if it is not an LSKA-VAN.
     """
     shapes = {
         convert_key(key).removeprefix('backbone.'): tuple(value.shape)
@@ -46,7 +46,7 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
         depth = len({key.split('.')[1] for key in shapes if key.startswith(block)})
         hidden = shapes.get(f'{block}0.mlp.fc1.weight', patch)[0]
         ratio = hidden / width
-        if int(width * ratio) < hidden:  # which the network makes of it
+        if int(width * ratio) < hidden:  # as the network rounds down
             ratio = math.nextafter(ratio, math.inf)
         # A stage whose gate is damaged is described like the first.
         size = (_read_gate(shapes, block) or gate)[1]
@@ -64,7 +64,7 @@ def describe(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _read_gate(shapes: Mapping[str, tuple], blocks: str) -> tuple[str, int] | None:
-    """``attention`` and ``kernel_size`` of a stage."""
+    """Return ``attention`` and ``kernel_size`` of a stage."""
     gate = f'{blocks}0.attn.spatial_gating_unit.'
     names = ('conv0', 'conv0h', 'conv_spatial', 'conv_spatial_h')
     sides = {name: shapes[f'{gate}{name}.weight'][-1] for name in names
@@ -80,12 +80,12 @@ def _read_gate(shapes: Mapping[str, tuple], blocks: str) -> tuple[str, int] | No
 
 
 def signature(state_dict: Mapping[str, Any]) -> str | None:
-    """Return the call that builds the network of these tensors, but for its norms."""
+    """Return the call that builds the network of these tensors, except for its norms."""
     description = describe(state_dict)
     if description is None:
         return None
     arch, stages = description['arch'], len(description['arch']['depths'])
-    for name, known in ARCHS.items():  # or its first stages alone
+    for name, known in ARCHS.items():  # or only its first stages
         if arch == {key: values[:stages] for key, values in known.items()}:
             description['arch'] = name
             break
@@ -93,7 +93,7 @@ def signature(state_dict: Mapping[str, Any]) -> str | None:
 
 
 def summarize(state_dict: Mapping[str, Any]) -> str:
-    """Say in words what tensors are: of which backbone and other parts."""
+    """Describe in words which backbone and other parts tensors are of."""
     parts = {convert_key(key).split('.')[0] for key in state_dict}
     named = [signature(state_dict) or part if part == 'backbone' else part for part in parts]
     return ', '.join(sorted(named)) or 'no tensors'
@@ -123,7 +123,7 @@ def first_stages(state: Mapping[str, Any], stages: int) -> dict[str, Any]:
     return {match[1]: value for match, value in matches if match and int(match[2]) <= stages}
 
 
-# --- Into a model --------------------------------------------------------------
+# --- Loading -------------------------------------------------------------------
 
 
 def unwrap(model: Any) -> Any:
@@ -134,7 +134,7 @@ def unwrap(model: Any) -> Any:
 
 
 def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
-    """Load tensors into a model, bare or wrapped, of which nothing may stay random.
+    """Load tensors into a model, bare or wrapped, of which no part may stay random.
 
     Tensors under other names than the model's are ignored.
 
@@ -162,15 +162,15 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
 def adapt_state_dict(
     backbone: Any, state_dict: dict[str, Any], prefix: str, refuse: bool, file: str = ''
 ) -> None:
-    """Give the tensors of a backbone in ``state_dict`` its own names, in place.
+    """Rename the tensors of a backbone in ``state_dict`` to its own names, in place.
 
-    Those behind ``prefix``, in any layout, are the backbone's; what it did not build (a head,
-    a neck, later stages) is dropped. Modules that a subclass adds, in blocks too, may be
-    among the tensors or not.
+    Tensors under ``prefix``, in any layout, are the backbone's; those of parts that it does not
+    have (a head, a neck, later stages) are dropped. Tensors of modules that a subclass adds, in
+    blocks too, are optional.
 
     Raises:
         CheckpointError: If ``refuse`` and a part of the backbone would be left random, or a
-            part of the tensors unused; begins with ``file``, which the tensors are from.
+            part of the tensors unused; starts with ``file``, the source of the tensors.
     """
     own = backbone.state_dict()
     expected = first_stages(own, backbone.num_stages)
@@ -193,19 +193,19 @@ def adapt_state_dict(
 
 
 def compare(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
-    """Say what keeps the tensors found from being those expected."""
+    """Describe the first kind of difference between tensors; None if there is none."""
 
     def problems() -> Iterator[tuple[str, list[str]]]:
         others = [key for key, value in found.items() if not isinstance(value, Tensor)]
         yield 'are not of type Tensor', others
         needed = (key for key in expected if PUBLISHED.fullmatch(key) and 'num_batches' not in key)
         yield 'are missing', [key for key in needed if key not in found]
-        yield 'have no place', [key for key in found if key not in expected]
+        yield 'are unexpected', [key for key in found if key not in expected]
         pairs = [(key, found[key], expected[key]) for key in expected if key in found]
         yield 'differ in shape', [f'{key}, found {tuple(a.shape)}, expected {tuple(b.shape)}'
                                   for key, a, b in pairs if a.shape != b.shape]  # fmt: skip
         yield (
-            'hold NaN or infinity, as after a training that diverged',
+            'have NaN or infinity, as after a diverged training',
             [key for key, a, b in pairs if not a.to(b.dtype).isfinite().all()],
         )
 
@@ -216,7 +216,7 @@ def compare(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | N
 
 
 def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str) -> str:
-    """Say what tensors are, what the backbone is, and what to change."""
+    """Describe the tensors and the backbone, and say what to change."""
     weights, backbone = describe(found), describe(expected) or {}
     ours = signature(expected)
     if weights is None:
@@ -225,8 +225,8 @@ def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str
         return f'{offer}, this backbone is {ours}: {problem}.'
     differ = {k for k in weights.keys() | backbone.keys() if weights.get(k) != backbone.get(k)}
     if not differ:
-        return f'The weights are of {ours}, as this backbone is, but {problem}.'
+        return f'The weights are of {ours}, like this backbone, but {problem}.'
     advice = 'Change the backbone in the config, or the checkpoint'
     if differ <= {'kernel_size', 'attention', 'in_channels'} | ({'deploy'} - weights.keys()):
-        advice += ' (by a tool of tools/model_converters)'
+        advice += ' (with tools/model_converters)'
     return f'The weights are of {signature(found)}, this backbone is {ours}: {problem}. {advice}.'

@@ -1,8 +1,8 @@
 """Convert tensor names from any published layout to ours.
 
-Layouts met in the wild, all of which load without a flag:
+These layouts load without an option:
 
-1. the ImageNet files of arXiv:2309.01439: ``block1.0.attn...``, ``head``; also behind ``module.``;
+1. the ImageNet files of arXiv:2309.01439: ``block1.0.attn...``, ``head``; also with ``module.``;
 2. the same authors' detection and segmentation copies: ``blocks1``, ``DW_conv_h``;
 3. VAN in mmpretrain: ``DW_conv``, ``DW_D_conv`` (``attention='LKA'``);
 4. classifiers, detectors and segmentors of this package: ``backbone.``.
@@ -17,11 +17,11 @@ from torch import Tensor
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; says what was found and expected."""
+    """A checkpoint cannot be used; says what was found and expected."""
 
 
 class RefusedError(Exception):
-    """Names what a file must not bring along."""
+    """A file refers to something that is not allowed; names it."""
 
 
 # A tensor of the backbone, at the top of a file or behind `backbone.`.
@@ -52,11 +52,11 @@ def convert_key(key: str) -> str:
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], source: str = '') -> dict[str, Any]:
-    """Rename every tensor as `convert_key` says; drop and change none.
+    """Rename every tensor with `convert_key`; drop and change none.
 
     Raises:
         CheckpointError: If two tensors would get the same name, or a name is not text;
-            begins with ``source``, the file that they are from.
+            starts with ``source``, the file that they are from.
     """
     where = f'{source}: ' if source else ''
     names: dict[str, str] = {}  # new to old
@@ -81,9 +81,9 @@ def get_state_dict(checkpoint: Any) -> Mapping[str, Tensor]:
 
 
 class _FileMetadata(OrderedDict):
-    """The ``_metadata`` of tensors, of which PyTorch and MMEngine give each module its part.
+    """The ``_metadata`` of a state dict; PyTorch and MMEngine pass each module its entry.
 
-    It adds the file's name for every module, and is saved as an ordinary dictionary.
+    It adds the file's name to every entry, and is saved as an ordinary dictionary.
     """
 
     file = ''
@@ -96,9 +96,9 @@ class _FileMetadata(OrderedDict):
 
 
 def from_file(state_dict: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Return the same tensors, of which an `LSKAVAN` that loads them knows the file.
+    """Return the same tensors, marked with the file that they are from.
 
-    It then refuses tensors that would leave a part of it random, as MMEngine does not.
+    An `LSKAVAN` then refuses them if a part of it would stay random, unlike MMEngine.
     """
     result: Any = OrderedDict(state_dict)
     result._metadata = _FileMetadata(getattr(state_dict, '_metadata', {}))

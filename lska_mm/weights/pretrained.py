@@ -1,4 +1,4 @@
-"""Weights of another kernel size or number of image channels, by a line in a config."""
+"""Pretrained weights for another kernel size or number of image channels, in a config."""
 
 from typing import Any
 
@@ -15,23 +15,23 @@ from .resize import resize_channels, resize_kernels, summarize_errors
 
 @WEIGHT_INITIALIZERS.register_module()
 class ResizedPretrained:
-    """Start an `LSKAVAN` from weights of another kernel size, or for other images.
+    """Initialize an `LSKAVAN` from weights of another kernel size or number of channels.
 
     In a config, where ``Pretrained`` would refuse the file:
 
         backbone=dict(kernel_size=53, init_cfg=dict(
             type='ResizedPretrained', checkpoint='pretrained/lska-van-tiny_k23_in1k.pth'))
 
-    The backbone's ``kernel_size`` and ``in_channels`` say what is made of them.
+    The weights are converted to the backbone's ``kernel_size`` and ``in_channels``.
 
     Args:
-        checkpoint: File or URL of the weights, in any layout; a config that names
-            weights already, in the ``init_cfg`` that it inherits, need not repeat it.
+        checkpoint: File or URL of the weights, in any layout; not needed if the base
+            config names one in ``init_cfg``.
         nearest: See `resize_kernels`.
 
     Raises:
         CheckpointError: See `resize_kernels` and `resize_channels`; if the weights differ
-            from the backbone in more.
+            from the backbone in anything else.
         TypeError: If it is the ``init_cfg`` of another module than an `LSKAVAN`.
         ValueError: If there is no ``checkpoint``.
     """
@@ -39,8 +39,8 @@ class ResizedPretrained:
     def __init__(self, checkpoint: str | None = None, nearest: bool = False):
         if not checkpoint:
             raise ValueError(
-                'ResizedPretrained needs checkpoint=..., a file with the weights: the config that '
-                'is inherited names none in model.backbone.init_cfg.'
+                'ResizedPretrained needs checkpoint=..., a file with the weights: the base config '
+                'names none in model.backbone.init_cfg.'
             )
         self.checkpoint = checkpoint
         self.nearest = nearest

@@ -1,7 +1,7 @@
-"""Read what `torch.save` wrote, by `torch.load`, without running code that it may carry.
+"""Read files of `torch.save` with `torch.load`, without running code that they may contain.
 
-A pickle names what it calls, and finds what is in `_ALLOWED`, or members of an enumeration that
-is imported already; anything else is refused.
+A pickle refers to what it calls by name. Names in `_ALLOWED`, and members of enumerations that
+are imported already, are accepted; anything else is refused.
 """
 
 import argparse
@@ -61,7 +61,7 @@ _ALLOWED: dict[str, Any] = {
     **{f'{kind.__module__}.{kind.__name__}': kind for kind in _CLASSES},
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
     **dict.fromkeys(('pathlib.PosixPath', 'pathlib.WindowsPath'), Path),
-    # A list or an int that is made of these is short.
+    # Limits the size of a list or an int made from these.
     'builtins.range': _checked(range, lambda *args: len(range(*args)) <= 10**6),
     'decimal.Decimal': _checked(Decimal, lambda *args: abs(Decimal(*args).adjusted()) <= 10**4),
     'builtins.getattr': _checked(getattr, lambda kind, name: name in _METHODS.get(kind, ())),
@@ -72,12 +72,12 @@ _ALLOWED: dict[str, Any] = {
     ),
     'numpy.multiarray._reconstruct': lambda *_: np.empty(0),
     'numpy.multiarray.scalar': np.float64().__reduce__()[0],
-    **dict.fromkeys(('numpy.ndarray', 'torch.Tensor')),  # arguments of others
+    **dict.fromkeys(('numpy.ndarray', 'torch.Tensor')),  # only as arguments of others
     'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
     'torch._utils._rebuild_tensor_v2': _tensor,
     'torch._tensor._rebuild_from_type_v2': lambda function, kind, args, attributes: _tensor(*args),
 }
-_Base: Any = pickle._Unpickler  # type: ignore[attr-defined]  # in Python: its steps can be checked
+_Base: Any = pickle._Unpickler  # type: ignore[attr-defined]  # in Python, so that its steps can be checked
 
 
 class _Unpickler(_Base):
@@ -93,7 +93,7 @@ class _Unpickler(_Base):
         kind = getattr(sys.modules.get(module), '__dict__', {}).get(name)
         if not isinstance(kind, EnumMeta):
             raise RefusedError(path)
-        return kind._value2member_map_.__getitem__  # to call the class could run its code
+        return kind._value2member_map_.__getitem__  # calling the class could run its code
 
     def load_global(self):
         module, name = self.readline(), self.readline()
@@ -103,7 +103,7 @@ class _Unpickler(_Base):
 
     def load_build(self):
         *_, target, state = self.stack
-        if isinstance(target, HistoryBuffer):  # its class has the methods that the state names
+        if isinstance(target, HistoryBuffer):  # its class has these methods anyway
             state.pop('statistics_methods', None)
         if isinstance(target, np.ndarray) and state[-3].hasobject:  # numpy reads beyond the list
             count, shape = len(state[-1]), state[-4]
@@ -111,7 +111,7 @@ class _Unpickler(_Base):
                 raise ValueError(f'{count} objects in an array of {shape}')
         is_dtype = isinstance(target, np.dtype)
         if is_dtype and target.kind not in 'mM' and state[1] in ('|', '<'):
-            self.stack.pop()  # it has no more to say
+            self.stack.pop()  # which adds nothing
         elif isinstance(target, _BUILT) or (is_dtype and re.fullmatch(_TIME, repr(state))):
             _Base.load_build(self)
         else:

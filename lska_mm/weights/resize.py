@@ -1,7 +1,7 @@
-"""Other attention kernels, or image channels, in the tensors of a network.
+"""Change the attention kernels, or the image channels, in the tensors of a network.
 
 Each function takes the tensors of a backbone, or of a model that has one, in any layout, and
-returns them under this package's names. What it is not about stays as it is.
+returns them under this package's names. All other tensors are unchanged.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def _center(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _dense(convs: Sequence[Conv]) -> Tensor:
-    """The dense kernel that convolutions are together, (C, H, W)."""
+    """Return the dense kernel that is equal to a chain of convolutions, (C, H, W)."""
     kernel = convs[0].weight.double().transpose(0, 1)
     for conv in convs[1:]:
         kernel = F.conv_transpose2d(
@@ -62,18 +62,18 @@ def _dense(convs: Sequence[Conv]) -> Tensor:
 def resize_kernels(
     state_dict: Mapping[str, Any], kernel_size: int | Sequence[int], nearest: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Change the size of the attention kernels, to `LSKAVAN`'s ``kernel_size``.
+    """Change the size of the attention kernels to ``kernel_size``, as in `LSKAVAN`.
 
-    The network stays the same function, at the borders too, where the gates of that size can
-    be it: larger ones of the same dilation (of 23, 35, 41, 53, 65; or 7, 11), whose far part
-    gets zeros at both ends; any larger ones of the trivial gates; and smaller ones if all
-    that is cut off is zero. Others are refused or, with ``nearest``, become those whose dense
-    kernels differ least from the old ones in the sum of squares; the response to a map of
-    zeros, which the biases make, is kept except near the border.
+    The network computes the same function, at the borders too, for larger sizes of the same
+    dilation (23, 35, 41, 53, 65; or 7, 11), whose far part is padded with zeros; for all
+    larger sizes of the trivial gates; and for smaller sizes if everything cut off is zero.
+    Other sizes are refused or, with ``nearest``, get the kernels whose dense kernels are
+    closest to the old ones by least squares; the response to a map of zeros, from the
+    biases, is kept except near the border.
 
     Returns:
-        The tensors, and for each gate that had to be fitted, by name, the error of each
-        channel (C,): the norm of the difference of the dense kernels, relative to the old.
+        The tensors, and the error of each gate that was fitted, by name: for each channel
+        (C,), the norm of the difference of the dense kernels, relative to the old one.
 
     Raises:
         CheckpointError: If these are not the tensors of an LSKA-VAN; if the function would
@@ -91,10 +91,10 @@ def resize_kernels(
         lost = sum(_outside(a, b) for a, b in zip(old, new))
         if lost and not nearest:
             raise CheckpointError(
-                f'{gate}: {lost} taps that are not zero, {old[-1].dilation} pixels apart, have no '
-                f'place in kernel size {sizes[stage]}, whose taps lie {new[-1].dilation} apart; '
-                'it cannot be the same function. nearest=True (--nearest) takes the nearest '
-                'kernels instead.'
+                f'{gate}: {lost} nonzero taps, {old[-1].dilation} pixels apart, do not fit into '
+                f'kernel size {sizes[stage]}, whose taps are {new[-1].dilation} apart; the '
+                'function would change. nearest=True (--nearest) takes the nearest kernels '
+                'instead.'
             )
         if lost:
             new = _fit(old, new, found['attention'])
@@ -109,29 +109,29 @@ def resize_kernels(
 
 
 def _outside(old: Conv, new: Conv) -> int:
-    """How many taps that are not zero have no place in the new kernel."""
+    """Count the nonzero taps that do not fit into the new kernel."""
     height, width = new.weight.shape[-2:] if old.dilation == new.dilation else (1, 1)
     inside = _center(_center(old.weight, height, width), *old.weight.shape[-2:])
     return int((old.weight != inside).sum())
 
 
 def _fit(old: list[Conv], new: list[Conv], attention: str) -> list[Conv]:
-    """The gate nearest to ``old``, of the shapes of ``new``, which is ``old`` cropped."""
+    """Return the gate nearest to ``old`` with the shapes of ``new``, its cropped copy."""
     if attention == 'LKA':
         raise CheckpointError(
-            'Dilated 2-D kernels (attention LKA) have no nearest fit here; make them 1-D first, '
-            'with convert_checkpoint.py --separate.'
+            'Dilated 2-D kernels (attention LKA) cannot be fitted; make them 1-D first, with '
+            'convert_checkpoint.py --separate.'
         )
     new = list(new)  # the nearest for kernels in one step
-    # For separable kernels, the nearest of each axis are the nearest of both.
+    # For separable kernels, the best fit of each axis is the best fit of both.
     for axis in (0, 1) if attention == 'LSKA' else ():
         local, far = new[axis], new[axis + 2]
         m, n = (conv.weight[0].numel() for conv in (local, far))
         side = m + far.dilation * (n - 1)
         target = _center(_dense(old[axis::2]).flatten(1)[:, None], 1, side)[:, 0]
         left, right = _factorize(target, m, n, far.dilation)
-        # The scale is shared between the two as before, for the sake of the bias between
-        # them: the local part keeps its norm and the sign of its sum.
+        # The scale is split between the two as before, because of the bias between them:
+        # the local part keeps its norm and the sign of its sum.
         before = old[axis].weight.double().flatten(1)
         sign = left.sum(1, keepdim=True) * before.sum(1, keepdim=True)
         scale = before.norm(dim=1, keepdim=True).clamp_min(1e-30).copysign(sign)
@@ -143,12 +143,12 @@ def _fit(old: list[Conv], new: list[Conv], attention: str) -> list[Conv]:
 
 
 def _factorize(target: Tensor, local: int, far: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """The taps (C, local) and (C, far) whose dense kernel is nearest to ``target`` (C, K).
+    """Return the taps (C, local) and (C, far) whose dense kernel is nearest to ``target`` (C, K).
 
     The first have norm 1 or 0. By alternating least squares: with one part fixed, the dense
-    kernel is linear in the other. It ends in local minima, so that the best of several starts
-    counts: the singular vectors of a matrix (local, far) in which each pixel is shared equally
-    among the products of taps that lie on it.
+    kernel is linear in the other. As it ends in local minima, the best of several starts is
+    returned: the singular vectors of a matrix (local, far) in which each pixel is divided
+    equally among the products of taps that lie on it.
     """
     norm = target.norm(dim=1, keepdim=True).clamp_min(1e-300)
     i, j = torch.arange(local)[:, None], torch.arange(far)
@@ -167,7 +167,7 @@ def _factorize(target: Tensor, local: int, far: int, dilation: int) -> tuple[Ten
 
 
 def _solve(fixed: Tensor, pixels: Tensor, taps: Tensor, target: Tensor) -> Tensor:
-    """The taps (..., n) that come with the ``fixed`` ones nearest to ``target`` (..., K)."""
+    """Return the taps (..., n) that, with the ``fixed`` ones, best fit ``target`` (..., K)."""
     matrix = target.new_zeros(*target.shape, taps.numel())
     matrix[..., pixels, taps] = fixed
     ridge = 1e-12 * torch.eye(taps.numel(), dtype=target.dtype)  # for channels of zeros
@@ -175,7 +175,7 @@ def _solve(fixed: Tensor, pixels: Tensor, taps: Tensor, target: Tensor) -> Tenso
 
 
 def _response_to_zeros(convs: list[Conv]) -> Tensor:
-    """What a map of zeros becomes far from the border, (C,)."""
+    """Return the response to a map of zeros, far from the border, (C,)."""
     response = torch.zeros_like(convs[0].bias, dtype=torch.float64)
     for conv in convs:
         response = response * conv.weight.double().sum((1, 2, 3)) + conv.bias.double()
@@ -183,27 +183,27 @@ def _response_to_zeros(convs: list[Conv]) -> Tensor:
 
 
 def summarize_errors(errors: Mapping[str, Tensor]) -> str:
-    """Say in words how well `resize_kernels` did."""
+    """Describe in words the errors of `resize_kernels`."""
     if not errors:
         return 'the same function'
     values = torch.cat(list(errors.values()))
     return (
-        f'not the same function: dense kernels differ by up to {values.max():.3g}, on average '
-        f'{values.mean():.3g} of their norm'
+        f'not the same function: dense kernels differ by up to {values.max():.3g} of their norm, '
+        f'{values.mean():.3g} on average'
     )
 
 
 @torch.no_grad()
 def separate_kernels(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Make LSKA's 1-D kernels of LKA's 2-D ones, as VAN (arXiv:2202.09741) has them.
+    """Turn LKA's 2-D kernels, as in VAN (arXiv:2202.09741), into LSKA's 1-D ones.
 
     Each kernel becomes the nearest product of a column and a row: its first
     singular vectors, each with the root of the singular value, the largest tap
     of the row positive. The bias stays with the column, which comes second.
 
     Returns:
-        The tensors for ``attention='LSKA'`` or ``'LSKA-trivial'``, and for each 2-D
-        convolution, by name, the share of its energy (sum of squares) that is kept.
+        The tensors for ``attention='LSKA'`` or ``'LSKA-trivial'``, and the
+        share of the energy (sum of squares) kept of each 2-D convolution, by name.
 
     Raises:
         CheckpointError: If these are not the tensors of a network with 2-D kernels.
@@ -212,7 +212,7 @@ def separate_kernels(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     if not found['attention'].startswith('LKA'):
         raise CheckpointError(
             f'The kernels are 1-D already (attention {found["attention"]}, kernel size '
-            f'{found["kernel_size"]}); only 2-D ones (LKA, as of VAN) can be separated.'
+            f'{found["kernel_size"]}); only 2-D ones (LKA, as in VAN) can be separated.'
         )
     shares = {}
     for _, gate, convs in _gates(dict(state), found):
@@ -227,7 +227,7 @@ def separate_kernels(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dic
 
 
 def _separate(weight: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Rows (C, 1, 1, n), columns (C, 1, n, 1), and the energy of their products."""
+    """Return rows (C, 1, 1, n), columns (C, 1, n, 1), and the energy share of their products."""
     u, s, vh = torch.linalg.svd(weight[:, 0].double())
     rows, columns = vh[:, 0], u[:, :, 0]
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
@@ -240,11 +240,11 @@ def _separate(weight: Tensor) -> tuple[Tensor, Tensor, float]:
 
 @torch.no_grad()
 def resize_channels(state_dict: Mapping[str, Any], in_channels: int) -> dict[str, Any]:
-    """Change the number of image channels, of which the weights take 1 or 3.
+    """Change the number of image channels of weights for 1 or 3.
 
     For one channel they are summed, so that a gray image gives what it gave as three equal
-    channels. For others they are repeated in turn and rescaled by the ratio of the numbers,
-    as timm does: equal channels give the same where one number is a multiple of the other.
+    channels. For other numbers they are repeated in turn and rescaled by the ratio, as timm
+    does: equal channels give the same if one number is a multiple of the other.
 
     Raises:
         CheckpointError: If these are not the tensors of an LSKA-VAN for 1 or 3 channels.

@@ -49,9 +49,9 @@ def test_valid_labels(labels, head):
 @pytest.mark.parametrize(
     ('labels', 'head', 'message'),
     [
-        ([0, 3, 9], {}, r'map\.png has the labels \[3, 9\]; the model has 3 classes: valid are 0'),
+        ([0, 3, 9], {}, r'map\.png has the labels \[3, 9\]; the model has 3 classes: valid l'),
         ([2], dict(num_classes=1, out_channels=1), r'\[2\]; the model has 2 classes'),
-        ([255], dict(ignore_index=254), r'valid are 0 to 2, and 254 for no class'),
+        ([255], dict(ignore_index=254), r'valid labels are 0 to 2, 254 for no class'),
     ],
 )
 def test_labels_beyond_the_classes(labels, head, message):
@@ -113,8 +113,8 @@ def test_a_signal_saves_and_resume_goes_on(build, number, everyone, own, nuclei,
     saved = Path((tmp_path / 'work/last_checkpoint').read_text())
     step = torch.load(saved, weights_only=False)['meta']['iter']
     assert saved.name == f'iter_{step}.pth'
-    printed = wait_for(tmp_path, 'Asked to end')
-    assert f'Asked to end: {saved} is saved; go on with --resume. Exit code 75' in printed
+    printed = wait_for(tmp_path, 'Received a signal')
+    assert f'Received a signal: saved {saved}; continue with --resume. Exit code 75' in printed
 
     cfg.train_cfg.update({k: 1 for k in ('max_iters', 'max_epochs') if k in cfg.train_cfg})
     if 'max_iters' in cfg.train_cfg:
@@ -152,6 +152,6 @@ def test_signals_need_the_main_thread():
     thread.start()
     thread.join()
     assert errors == [
-        'SaveOnSignalHook needs the main thread, where alone signals can be received: train '
-        'there, or take the hook out of custom_hooks.'
+        'SaveOnSignalHook needs the main thread, the only one that can receive signals: train '
+        'there, or remove the hook from custom_hooks.'
     ]

@@ -124,7 +124,7 @@ def hooked_before(backbone, name):
 def replaced_forward(backbone, name):
     conv = backbone.get_submodule(name)
     conv.forward = lambda x: 2 * type(conv).forward(conv, x)
-    return 'its forward was replaced; delete that first'
+    return 'its forward was replaced; restore it first'
 
 
 class Subclass(nn.Conv2d):
@@ -134,14 +134,14 @@ class Subclass(nn.Conv2d):
 
 def of_a_subclass(backbone, name):
     backbone.get_submodule(name).__class__ = Subclass
-    return 'it is a Subclass, not the Conv2d that was built'
+    return 'it is a Subclass, not the original Conv2d'
 
 
 def wrapped(backbone, name):
     path, _, last = name.rpartition('.')
     parent = backbone.get_submodule(path)
     setattr(parent, last, nn.Sequential(getattr(parent, last), nn.Tanh()))
-    return 'it is a Sequential, not the Conv2d that was built'
+    return 'it is a Sequential, not the original Conv2d'
 
 
 def without_bias(backbone, name):
@@ -256,7 +256,7 @@ def test_norms_that_cannot_be_folded_are_refused_and_nothing_changes(norm_cfg):
     pytest.importorskip('mmpretrain.models')
     backbone, image = trained(norm_cfg=norm_cfg), torch.rand(2, 3, 64, 64)
     before, expected = copy.deepcopy(backbone.state_dict()), backbone(image)
-    message = 'patch_embed1.norm cannot be folded: it is .*, and only BatchNorm with statistics of'
+    message = 'patch_embed1.norm cannot be folded: it is .*, and only BatchNorm with running stat'
     with pytest.raises(TypeError, match=message):
         backbone.switch_to_deploy()
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
@@ -282,7 +282,7 @@ def test_shared_weights_are_refused_and_nothing_changes(tie):
     tie(backbone)
     with torch.no_grad():
         before = backbone(image)
-        match = r'^block1\.1\.(.*) cannot be folded: it is block1\.0\.\1, too; copy it first\.$'
+        match = r'^block1\.1\.(.*) cannot be folded: it is shared with block1\.0\.\1; copy it\.$'
         with pytest.raises(TypeError, match=match):
             backbone.switch_to_deploy()
         assert all(torch.equal(a, b) for a, b in zip(backbone(image), before))

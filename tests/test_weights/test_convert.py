@@ -182,7 +182,7 @@ def changed(key, function):
         (False, changed('block2.0.norm1.bias', lambda x: x[1:]), 'found (15,), expected (16,)'),
         (False, changed('norm2.bias', lambda x: x / 0), '1 tensors hold NaN or infinity'),
         (False, changed('norm2.bias', lambda x: x.tolist()), '1 tensors are not of type Tensor'),
-        (False, lambda x: {**x, 'block3.0.attn.proj_1.bias': torch.ones(1)}, 'have no place'),
+        (False, lambda x: {**x, 'block3.0.attn.proj_1.bias': torch.ones(1)}, 'are unexpected'),
         (True, without('block1.1.shortcut'), 'are missing (first: block1.1.shortcut)'),
         (True, without('norm1.bias'), 'are missing (first: norm1.bias)'),
         (True, changed('block2.0.mlp.fc2.weight', lambda x: x[:, 1:]), 'differ in shape'),

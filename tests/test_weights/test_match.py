@@ -131,7 +131,7 @@ def test_a_damaged_gate_is_named():
 def test_a_deeper_network_is_refused():
     """All tensors of small are in base, under the same names and shapes."""
     base = LSKAVAN('base').state_dict()
-    with pytest.raises(CheckpointError, match=r"arch='base'.*arch='small'.*have no place"):
+    with pytest.raises(CheckpointError, match=r"arch='base'.*arch='small'.*are unexpected"):
         LSKAVAN('small').load_state_dict(base)
 
 

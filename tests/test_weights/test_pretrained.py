@@ -78,7 +78,7 @@ def test_initialiser_says_what_it_did(small_file, monkeypatch, capsys):
         (dict(kernel_size=11), r'in kernel size 11, .* 2 apart; .*nearest=True'),
         (dict(arch=dict(SMALL, depths=[1, 1])), r"depths': \[2, 1\].*depths': \[1, 1\].*Nothing"),
         (dict(attention='LKA'), "attention='LSKA'.*attention='LKA'.*Nothing was loaded"),
-        (dict(norm_cfg=dict(type='GN', num_groups=2)), 'tensors have no place'),
+        (dict(norm_cfg=dict(type='GN', num_groups=2)), 'tensors are unexpected'),
     ],
 )
 def test_initialiser_refuses(small_file, kwargs, match):

@@ -1,22 +1,22 @@
-"""Compare gates and kernel sizes: what they cost, and how far they see.
+"""Compare the cost and the receptive fields of gates and kernel sizes.
 
     python tools/analysis_tools/compare_kernels.py [--arch tiny] [--attentions LSKA LKA]
         [--kernel-sizes 7 23 53] [--time] --out DIR
 
-DIR takes compare_kernels.md, .csv, .json and .png. A row is a classifier of 1000
-classes:
+writes compare_kernels.md, .csv, .json and .png to DIR, with a row for each classifier
+of 1000 classes:
 
-    parameters       of the whole, with the head
+    parameters       of the whole model, with the head
     multiply-adds    of convolutions and matrix products, for one image of --size
-    ms, ±            with --time, an inference with one image: the median, and half the
-                     interquartile range over it; let nothing else run
-    training MiB     what is kept of one image for the backward pass
-    gate sees        side of what a gate sees of its map: its kernel size
-    network sees     side of what a point of the last map may depend on, in pixels
-    50 %, 99 % in    side of the square that holds so much of the effective receptive
+    ms, ±            with --time, inference on one image: the median, and half the
+                     interquartile range relative to it; needs an idle machine
+    training MiB     memory kept for the backward pass of one image
+    gate sees        receptive field of a gate on its map: its kernel size
+    network sees     theoretical receptive field of the last map, in pixels
+    50 %, 99 % in    side of the square that contains so much of the effective receptive
                      field (tools/visualization/erf.py) with random weights, averaged
-                     over images of noise, 256 x 256. A new network scales what its
-                     blocks add by 0.01, so its gates hardly count yet.
+                     over images of noise, 256 x 256. A new network scales its
+                     branches by 0.01, so its gates hardly count yet.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from matplotlib import pyplot as plt
 NOISE = (4, 3, 256, 256)  # images for the effective receptive field
 SHARES = (0.5, 0.99)
 SECONDS = 1  # of measuring a time
-# Key of a row: its column's head, and how a cell is written.
+# For each key of a row, the column's header and the format of a cell.
 COLUMNS = dict(
     attention=('gate', str),
     kernel_size=('k', str),
@@ -70,7 +70,7 @@ PANELS = dict(
 
 
 def network_field(backbone: LSKAVAN) -> int:
-    """Side of what a point of the last map may depend on, in pixels of the image."""
+    """Return the theoretical receptive field of the last map, in pixels of the image."""
     field = stride = 1
     for stage in range(1, backbone.num_stages + 1):
         proj = getattr(backbone, f'patch_embed{stage}').proj
@@ -83,11 +83,11 @@ def network_field(backbone: LSKAVAN) -> int:
 
 
 def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) -> dict[str, Any]:
-    """A row without times."""
+    """Return a row without times."""
     torch.manual_seed(0)
     model = Classifier(arch, kernel_size, attention)
     backbone = model.backbone
-    logging.disable(logging.INFO)  # a line for each parameter
+    logging.disable(logging.INFO)  # would log a line for each parameter
     backbone.init_weights()
     logging.disable(logging.NOTSET)
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
@@ -106,7 +106,7 @@ def count(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) ->
 
 
 def measure(arch: str, kernel_size: int, attention: str, size: tuple[int, int]) -> dict[str, Any]:
-    """The times of a row."""
+    """Return the times of a row."""
     model = Classifier(arch, kernel_size, attention).eval()
     variables = dict(model=model, image=torch.rand(1, 3, *size))
     timer = Timer('model(image)', globals=variables, num_threads=torch.get_num_threads())
@@ -155,13 +155,13 @@ def main() -> None:
     parser.add_argument('--attentions', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
     parser.add_argument('--kernel-sizes', nargs='+', type=int, default=[7, 23, 53])
     parser.add_argument('--size', type=size, default='224x224', metavar='HEIGHTxWIDTH',
-                        help='of the image, larger than 32x32 (default: %(default)s)')  # fmt: skip
-    parser.add_argument('--time', action='store_true', help='measure times, too')
+                        help='of the image; more than 32x32 (default: %(default)s)')  # fmt: skip
+    parser.add_argument('--time', action='store_true', help='also measure times')
     parser.add_argument('--out', type=Path, required=True, help='folder for tables and plot')
     args = parser.parse_args()
     if max(args.size) <= 32:
-        parser.error('--size must be larger than 32x32, whose last map has no second point')
-    for k in args.kernel_sizes:  # an invalid one is named before minutes of work
+        parser.error('--size must be larger than 32x32: its last map has a single point')
+    for k in args.kernel_sizes:  # refuse an invalid one before minutes of work
         split_kernel(k)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []

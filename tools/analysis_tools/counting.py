@@ -1,4 +1,4 @@
-"""Count what a model computes and keeps, without measuring."""
+"""Count the operations and the memory of a model, without measuring."""
 
 import copy
 
@@ -12,7 +12,7 @@ CLASSES = 1000
 
 
 def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
-    """Of convolutions and matrix products, in inference; computes nothing."""
+    """Count those of convolutions and matrix products, in inference, without computing."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         copy.deepcopy(model).to('meta')(image.to('meta'))
@@ -20,14 +20,14 @@ def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
 
 
 def saved_bytes(model: nn.Module, image: torch.Tensor) -> int:
-    """Bytes kept for the backward pass, each storage once, parameters not."""
+    """Count the bytes kept for the backward pass, each storage once, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive: unique addresses
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
 
 
 def count_costs(model: Classifier, size: tuple[int, int]) -> dict[str, int]:
-    """Parameters, and multiply-adds for an image."""
+    """Count parameters, and multiply-adds for an image."""
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
         multiply_adds=multiply_adds(model.eval(), torch.empty(1, 3, *size)),

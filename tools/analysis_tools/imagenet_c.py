@@ -2,14 +2,14 @@
 
     python tools/analysis_tools/imagenet_c.py CONFIG CHECKPOINT ROOT --work-dir DIR
 
-ROOT is laid out as ROOT/corruption/severity/class/image. DIR/imagenet_c.json
-takes each result as soon as it is measured, so that an interrupted test goes on
-where it stopped; a table (imagenet_c.md) and a plot (imagenet_c.png) come last.
+ROOT is laid out as ROOT/corruption/severity/class/image. Each result is
+written to DIR/imagenet_c.json as soon as it is measured, so an interrupted test continues
+where it stopped; a table (imagenet_c.md) and a plot (imagenet_c.png) follow at the end.
 
 The corruption error CE sums a classifier's errors over the severities and
 divides by AlexNet's sum; mCE averages CE over the 15 standard corruptions
-(Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261). Averaged over all 19,
-with the four extra ones, it is what the LSKA paper's script computes.
+(Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261). The average over all
+19, with the four extra ones, is what the LSKA paper's script computes.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ Accuracies = dict[str, dict[str, float]]  # corruption, severity: top-1 in per c
 
 
 def find_folders(root: Path) -> list[tuple[str, str]]:
-    """The (corruption, severity) folders of ``root``, in the order of `ALEXNET`.
+    """Return the (corruption, severity) folders of ``root``, in the order of `ALEXNET`.
 
     Raises:
         FileNotFoundError: If there is none, or a severity of one is missing.
@@ -63,12 +63,12 @@ def find_folders(root: Path) -> list[tuple[str, str]]:
 
 
 def corruption_error(accuracies: dict[str, float], alexnet: float) -> float:
-    """CE in per cent, from top-1 by severity and AlexNet's mean error."""
+    """Return CE in per cent, from top-1 by severity and AlexNet's mean error."""
     return 100 * sum(100 - top1 for top1 in accuracies.values()) / len(accuracies) / alexnet
 
 
 def mean_ce(accuracies: Accuracies, corruptions: dict[str, float]) -> float | None:
-    """MCE in per cent over ``corruptions``; None unless all were measured."""
+    """Return mCE in per cent over ``corruptions``; None unless all were measured."""
     if any(len(accuracies.get(name, ())) < len(SEVERITIES) for name in corruptions):
         return None
     errors = [corruption_error(accuracies[name], ce) for name, ce in corruptions.items()]
@@ -76,7 +76,7 @@ def mean_ce(accuracies: Accuracies, corruptions: dict[str, float]) -> float | No
 
 
 def load_results(path: Path, checkpoint: str) -> dict:
-    """Results so far, or an empty set of them.
+    """Return the results so far, if there are any.
 
     Raises:
         ValueError: If the file holds results of another checkpoint.
@@ -86,12 +86,12 @@ def load_results(path: Path, checkpoint: str) -> dict:
         return dict(checkpoint=digest, top1={})
     results = json.loads(path.read_text())
     if results['checkpoint'] != digest:
-        raise ValueError(f'{path} is of another checkpoint; choose another --work-dir.')
+        raise ValueError(f'{path} has results of another checkpoint; choose another --work-dir.')
     return results
 
 
 def test_folder(runner, cfg: Config, folder: Path) -> float:
-    """Top-1 in per cent on one folder of classes."""
+    """Return top-1 in per cent on one folder of classes."""
     dataloader = cfg.test_dataloader.copy()
     dataset = dataloader.dataset.copy()
     dataset.pop('split', None)

@@ -26,7 +26,7 @@ except ImportError as error:
 
 
 class Digit(NamedTuple):
-    """An image (8, 8) of 17 gray levels from 0 to 16; its number counts those of its label."""
+    """An image (8, 8) with gray levels 0 to 16; ``number`` counts the images of its label."""
 
     image: np.ndarray
     label: int
@@ -35,7 +35,7 @@ class Digit(NamedTuple):
 
 
 def read_digits() -> Iterator[Digit]:
-    """All digits, every fifth of a label for validation."""
+    """Yield all digits, every fifth of a label for validation."""
     digits = load_digits()
     seen: Counter[int] = Counter()
     for image, label in zip(digits.images, digits.target):

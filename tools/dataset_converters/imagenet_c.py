@@ -1,11 +1,11 @@
-"""Corrupt a folder of classes, as ImageNet-C corrupts ImageNet.
+"""Corrupt the images in a folder of classes, as in ImageNet-C.
 
     python tools/dataset_converters/imagenet_c.py SRC --out OUT --size 224x224
 
 reads SRC/class/image and writes OUT/corruption/severity/class/image for the 15
 standard corruptions, the 4 extra ones and 5 severities (Hendrycks and Dietterich,
-ICLR 2019, arXiv:1903.12261), by the package `imagecorruptions`. Written again,
-an image comes out the same.
+ICLR 2019, arXiv:1903.12261), with the package `imagecorruptions`. The result is
+reproducible.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MIN_SIZE = 32  # of imagecorruptions
 
 
 def load_imagecorruptions():
-    """`imagecorruptions`, which was written for NumPy 1 and an older scikit-image."""
+    """Import `imagecorruptions`, which was written for NumPy 1 and an older scikit-image."""
     if not hasattr(np, 'float_'):
         np.float_ = np.float64
     import imagecorruptions
@@ -33,7 +33,7 @@ def load_imagecorruptions():
     def blur(image, sigma, multichannel=False, **kwargs):
         return gaussian(image, sigma, channel_axis=-1 if multichannel else None, **kwargs)
 
-    def noise(image, **kwargs):  # has a generator of its own otherwise
+    def noise(image, **kwargs):  # to use the seed of NumPy
         return random_noise(image, rng=np.random.randint(2**31), **kwargs)
 
     imagecorruptions.corruptions.gaussian = blur
@@ -42,10 +42,10 @@ def load_imagecorruptions():
 
 
 def find_images(source: Path, per_class: int | None) -> list[Path]:
-    """The first images of each class.
+    """Return the first images of each class.
 
     Raises:
-        FileNotFoundError: If there is none; says what was expected.
+        FileNotFoundError: If there are none; says what was expected.
     """
     images = []
     for folder in sorted(path for path in source.glob('*') if path.is_dir()):
@@ -56,7 +56,7 @@ def find_images(source: Path, per_class: int | None) -> list[Path]:
 
 
 def read_square(path: Path, size: int) -> np.ndarray:
-    """The center of an image whose short side becomes ``size``: (size, size, 3), RGB.
+    """Resize the short side of an image to ``size``; return its center (size, size, 3), RGB.
 
     Raises:
         OSError: If it is not an image.
@@ -97,10 +97,10 @@ def main() -> None:
     parser.add_argument('--out', type=Path, required=True, help='output folder')
     parser.add_argument(
         '--size', type=size, default='224x224', metavar='HEIGHTxWIDTH',
-        help='of the images: a square, cut from the center',
+        help='size of the images: a square, cut from the center',
     )  # fmt: skip
-    parser.add_argument('--per-class', type=int, help='take only so many images of a class')
-    parser.add_argument('--corruptions', nargs='+', help='take only these; all 19 by default')
+    parser.add_argument('--per-class', type=int, help='maximum number of images per class')
+    parser.add_argument('--corruptions', nargs='+', help='corruptions to apply; all 19 by default')
     args = parser.parse_args()
     height, width = args.size
     if not MIN_SIZE <= height == width:

@@ -7,10 +7,10 @@ writes, from the image and label map in SRC (demo/nuclei),
     OUT/coco/annotations/{train,val}.json      OUT/coco/{train,val}/*.png
     OUT/ade/annotations/{training,validation}  OUT/ade/images/{training,validation}
 
-or what --formats asks for: coco, which needs pycocotools; ade; or bands, as ade below
-OUT/bands, with four bands to an image: itself, and blurred by 1, 2 and 4 pixels.
+or the --formats chosen: coco, which needs pycocotools; ade; or bands, like ade but in
+OUT/bands, with four bands per image: itself, and blurred by 1, 2 and 4 pixels.
 Columns before VAL_COLUMN are for training, the others for validation: no
-pixel is in both. A nucleus on the border is cut, a piece in each set.
+pixel is in both. A nucleus on the border is split between the two.
 """
 
 import json
@@ -28,14 +28,14 @@ from lska_mm.weights.convert import written_beside
 FORMATS = ['coco', 'ade', 'bands']
 VAL_COLUMN = 352
 BLURS = (1, 2, 4)  # pixels
-MIN_AREA = 10  # pixels; less of a nucleus on the border is no object
+MIN_AREA = 10  # pixels; smaller pieces of a nucleus on the border are dropped
 ADE_SPLITS = dict(train='training', val='validation')
-# ADE20K counts classes from 1 and keeps 0 for what is not labelled.
+# ADE20K counts classes from 1; 0 means unlabeled.
 ADE_BACKGROUND, ADE_NUCLEUS = 1, 2
 
 
 def coco_annotations(labels: np.ndarray, image_id: int) -> list[dict]:
-    """One COCO annotation for each value but 0 of a label map (H, W)."""
+    """Return a COCO annotation for each nonzero value of a label map (H, W)."""
     from pycocotools import mask as coco_mask
 
     annotations = []
@@ -64,21 +64,21 @@ def png(image: np.ndarray) -> bytes:
 
 
 def write(data: bytes, path: Path) -> None:
-    """Write all of a file at once: another process may be reading it."""
+    """Write a file at once, since another process may be reading it."""
     with written_beside(path) as part:
         part.write_bytes(data)
 
 
 def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
-    """Write data sets into ``out`` from ``source``/{image,labels}.png.
+    """Write data sets to ``out`` from ``source``/{image,labels}.png.
 
     Raises:
         OSError: If one of the two files is missing, or is not an image.
-        ValueError: If they differ in size, or a part holds no nucleus.
+        ValueError: If they differ in size, or a part has no nucleus.
     """
     arrays = {}
     for name in ('image.png', 'labels.png'):
-        read_image(source / name)  # or an error that names it
+        read_image(source / name)  # raises an error that names it
         arrays[name] = mmcv.imread(str(source / name), flag='unchanged')
     image, labels = arrays['image.png'], arrays['labels.png']
     if image.shape[:2] != labels.shape:
@@ -93,7 +93,7 @@ def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
         _, areas = np.unique(tile_labels[tile_labels > 0], return_counts=True)
         nuclei = int((areas >= MIN_AREA).sum())
         if not nuclei:
-            raise ValueError(f'{source}: the columns for {split} hold no nucleus.')
+            raise ValueError(f'{source}: the columns for {split} have no nucleus.')
         height, width = tile.shape[:2]
         if 'coco' in formats:
             data = dict(

@@ -1,4 +1,4 @@
-"""The engines that run an exported file on a CPU, and the way to 8-bit files."""
+"""Engines that run exported files on a CPU, and quantization to 8 bits."""
 
 import logging
 import tempfile
@@ -46,10 +46,10 @@ def open_engine(name: str, path: Path, precision: str = 'f32', threads: int = 0)
     """Open an exported file.
 
     Args:
-        name: Of the engine.
+        name: Name of the engine.
         path: The file.
-        precision: ``'f32'`` or ``'bf16'``, of what the file has in float32.
-        threads: 0 leaves their number to the engine.
+        precision: ``'f32'`` or ``'bf16'``, for what is float32 in the file.
+        threads: Number of threads; 0 lets the engine choose.
 
     Returns:
         A function from images (B, C, H, W) to the outputs; raises a RuntimeError if the
@@ -82,11 +82,11 @@ def open_engine(name: str, path: Path, precision: str = 'f32', threads: int = 0)
 
 
 def quantize(source: Path, images: Iterator[np.ndarray], target: Path) -> None:
-    """Write a file with the weights and maps of convolutions and matrix products in 8 bits.
+    """Quantize weights and activations of convolutions and matrix products to 8 bits.
 
     Args:
-        source: An exported file, of float32.
-        images: (B, C, H, W), of which the ranges of the maps are taken.
+        source: An exported file in float32.
+        images: (B, C, H, W), to calibrate the ranges of the activations.
         target: File to write.
 
     Raises:
@@ -116,7 +116,7 @@ def quantize(source: Path, images: Iterator[np.ndarray], target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder, 'prepared.onnx')
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        logging.disable(logging.WARNING)  # it advises to do what was just done
+        logging.disable(logging.WARNING)  # it advises what was just done
         try:
             quantization.quantize_static(
                 prepared, target, Reader(),

@@ -2,10 +2,10 @@
 
     python tools/deployment/quantize.py CONFIG MODEL.onnx SAVE_PATH.onnx [--num-images 32]
 
-ONNX Runtime's static quantization: weights and maps of convolutions and matrix products
-become 8-bit, by the ranges that they take in training images of the config, prepared as
-for a test. The file runs in ONNX Runtime and in OpenVINO; what it keeps of the metric,
-tools/deployment/test.py says.
+ONNX Runtime's static quantization: weights and activations of convolutions and matrix
+products become 8-bit, with ranges from the config's training images after its test
+pipeline. The file runs in ONNX Runtime and in OpenVINO; tools/deployment/test.py measures
+its metric.
 """
 
 import sys
@@ -30,7 +30,7 @@ from lska_mm.weights.convert import written_beside
 
 
 def training_images(cfg: Config, number: int) -> Iterator[np.ndarray]:
-    """Training images (1, C, H, W), drawn from all, normalized, after the pipeline of tests."""
+    """Yield training images (1, C, H, W) at random, normalized, after the test pipeline."""
     init_default_scope(toolbox(cfg))
     dataset = cfg.train_dataloader.dataset
     while 'dataset' in dataset:  # RepeatDataset and the like
@@ -44,16 +44,16 @@ def training_images(cfg: Config, number: int) -> Iterator[np.ndarray]:
 def main() -> None:
     parser = make_parser('Quantize an exported model')
     parser.add_argument('config', help='config of the model')
-    parser.add_argument('model', type=Path, help='what export_onnx.py wrote of it')
+    parser.add_argument('model', type=Path, help='file written by export_onnx.py')
     parser.add_argument('save_path', type=ending('.onnx'), help='file to write, .onnx')
-    parser.add_argument('--num-images', type=int, default=32, help='training images to look at')
+    parser.add_argument('--num-images', type=int, default=32, help='images for calibration')
     add_cfg_options(parser)
     args = parser.parse_args()
     cfg = read_config(args.config, args.cfg_options)
     if not args.model.is_file():
         raise FileNotFoundError(f'No exported model at {args.model}.')
     if args.save_path.exists() and args.save_path.samefile(args.model):
-        raise FileExistsError(f'{args.model} is the file to quantize; name another one to write.')
+        raise FileExistsError(f'{args.model} is the file to quantize; choose another output file.')
     with written_beside(args.save_path) as part:
         quantize(args.model, training_images(cfg, args.num_images), part)
     before, after = (path.stat().st_size / 2**20 for path in (args.model, args.save_path))

@@ -1,8 +1,8 @@
-"""Test an exported classifier or segmentor in an engine, as tools/test.py tests it in PyTorch.
+"""Test an exported classifier or segmentor in an engine, like tools/test.py in PyTorch.
 
     python tools/deployment/test.py CONFIG MODEL.onnx [--engine openvino] [--precision bf16]
 
-The config's own data, loop and metrics; only what computes the logits is the engine.
+It uses the config's own data, loop and metrics; only the logits come from the engine.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from lska_mm.cli import base_parser, build_runner, load_config, report_errors
 
 
 def run_in_engine(runner: Runner, infer: Inference, shape: list[int]) -> None:
-    """Replace what computes the logits of the Runner's model.
+    """Let an engine compute the logits of the Runner's model.
 
     Args:
-        runner: Of the config.
+        runner: The config's Runner.
         infer: Returns the logits of a batch.
-        shape: Of the logits, 0 where it varies.
+        shape: Shape of the logits, 0 where it varies.
 
     Raises:
         ValueError: If the model is neither a classifier nor a segmentor, or has other logits.
@@ -52,7 +52,7 @@ def run_in_engine(runner: Runner, infer: Inference, shape: list[int]) -> None:
 
 
 def load(args: argparse.Namespace) -> Config:
-    """Read the config, for a test that needs no weights."""
+    """Read the config for a test without PyTorch weights."""
     cfg = load_config(args, persistent_workers=True)
     cfg.update(load_from=None, resume=False)
     if 'backbone' in cfg.model:
@@ -63,15 +63,15 @@ def load(args: argparse.Namespace) -> Config:
 @report_errors(OSError, RuntimeError, ValueError)
 def main() -> None:
     parser = base_parser('Test an exported model')
-    parser.add_argument('model', type=Path, help='what export_onnx.py or quantize.py wrote')
+    parser.add_argument('model', type=Path, help='file written by export_onnx.py or quantize.py')
     parser.add_argument('--engine', choices=ENGINES, default='onnxruntime')
     parser.add_argument('--precision', choices=['f32', 'bf16'], default='f32',
-                        help='of OpenVINO; 8-bit files are so in both')  # fmt: skip
+                        help='for OpenVINO; 8-bit files run in 8 bits anyway')  # fmt: skip
     args = parser.parse_args()
     infer = open_engine(args.engine, args.model, args.precision)
     outputs = {output.name: output for output in onnx.load(args.model).graph.output}
     if list(outputs) != ['logits']:
-        raise ValueError(f'{args.model} gives {", ".join(outputs)}, not logits alone.')
+        raise ValueError(f'{args.model} has the outputs {", ".join(outputs)}, expected logits.')
     shape = [size.dim_value for size in outputs['logits'].type.tensor_type.shape.dim]
     runner = build_runner(load(args))
     run_in_engine(runner, infer, shape)

@@ -1,23 +1,23 @@
-"""Rewrite a checkpoint of any published layout, with other kernels or image channels.
+"""Convert a checkpoint of any supported layout, also to other kernels or image channels.
 
     python tools/model_converters/convert_checkpoint.py SRC DST.pth
     python tools/model_converters/convert_checkpoint.py SRC DST.pth --kernel-size 53 [--nearest]
     python tools/model_converters/convert_checkpoint.py SRC DST.pth --in-channels 4
     python tools/model_converters/convert_checkpoint.py SRC DST.pth --separate
 
-SRC is a checkpoint of a backbone or a whole model; DST gets a hash in its name, as
-OpenMMLab's files have: DST-1a2b3c4d.pth. What is not asked for stays as it is, norms of
-every kind too. Without options, the tensors only get the names of this package's
-classifiers, and SRC's optimizer and the like are left out; the configs load SRC as it is.
+SRC is a checkpoint of a backbone or a whole model; DST gets a hash in its name, as in
+OpenMMLab: DST-1a2b3c4d.pth. Everything else stays as it is, including norms of any kind.
+Without options, the tensors are only renamed to those of this package's classifiers, and
+SRC's optimizer and the like are left out; the configs also load SRC unconverted.
 
-With other kernels the network stays the same function: without --nearest, a size for
-which that is impossible is refused. Several sizes are one per stage. Of weights for 3
-channels, those for 1 are the sum; for others they are repeated in turn and rescaled.
+With other kernels the network computes the same function: without --nearest, a size for
+which that is impossible is refused. Give several sizes for one per stage. Weights for 3
+channels are summed for 1; for other numbers they are repeated in turn and rescaled.
 
 --separate is for VAN (arXiv:2202.09741) by its authors, by mmpretrain, or
 LSKAVAN(attention='LKA'): every 2-D kernel becomes the nearest product of a column and a
-row. What that keeps of the energy (sum of squares) is printed. DST loads with
-attention='LSKA'; it is another function then, and a start for training.
+row, and the energy (sum of squares) kept is printed. DST loads with attention='LSKA'; it
+is a different function, as a starting point for training.
 """
 
 import statistics
@@ -37,10 +37,10 @@ from lska_mm.weights.resize import (
 
 @report_errors(CheckpointError, OSError, ValueError)
 def main() -> None:
-    parser = converter_parser('Rewrite a checkpoint, with other kernels or image channels')
+    parser = converter_parser('Convert a checkpoint, also to other kernels or image channels')
     parser.add_argument('--kernel-size', type=int, nargs='+', help='new size, or one per stage')
     parser.add_argument(
-        '--nearest', action='store_true', help='fit what cannot stay the same function'
+        '--nearest', action='store_true', help='fit kernels that cannot stay the same function'
     )
     parser.add_argument('--in-channels', type=int, help='new number of channels of an image')
     parser.add_argument('--separate', action='store_true',

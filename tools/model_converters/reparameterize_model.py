@@ -3,10 +3,10 @@
     python tools/model_converters/reparameterize_model.py SRC DST.pth
 
 SRC is a checkpoint of a backbone or a whole model; DST gets a hash in its name. It is for
-inference, gives the same outputs but for rounding, and loads with the same config and
-model.backbone.deploy=True. The norms must be BatchNorm with statistics; those at the end of
-the stages may be any, and stay. Their eps is not among the tensors: it is that of
-model.backbone.norm_cfg in the config that MMEngine stores beside them, else PyTorch's 1e-5;
+inference, gives the same outputs except for rounding, and loads with the same config and
+model.backbone.deploy=True. The norms must be BatchNorm with running statistics; those at the
+end of the stages may be of any kind, and stay. The eps is not among the tensors: it is read
+from model.backbone.norm_cfg in the config that MMEngine stores beside them, by default 1e-5;
 --norm-eps sets another.
 """
 
@@ -24,7 +24,7 @@ from lska_mm.weights.names import CheckpointError
 
 
 def stored_eps(meta: Mapping) -> float | None:
-    """Read the norms' eps in the text of a config, without running it."""
+    """Read the norms' eps from the text of a config, without running it."""
     try:
         tree: ast.AST = ast.parse(meta.get('cfg') or '')
     except (SyntaxError, TypeError, ValueError):  # another kind of config
@@ -42,7 +42,7 @@ def fold(state: State, eps: float) -> State:
     """Fold what `LSKAVAN.switch_to_deploy` folds; other tensors stay.
 
     Raises:
-        CheckpointError: If it is folded, or has other norms than BatchNorm with statistics.
+        CheckpointError: If it is folded already, or has norms without running statistics.
     """
     if 'backbone.block1.0.shortcut' in state:
         raise CheckpointError('The checkpoint is deployed already.')
@@ -51,7 +51,7 @@ def fold(state: State, eps: float) -> State:
         if not {'running_mean', 'running_var'} <= set(names):
             raise CheckpointError(
                 f'{norm} cannot be folded: its tensors are {", ".join(names) or "none"}, and only '
-                'BatchNorm with statistics of its own can be part of a convolution.'
+                'BatchNorm with running statistics can be folded into a convolution.'
             )
     backbone = MODELS.build(
         dict(
@@ -74,7 +74,7 @@ def fold(state: State, eps: float) -> State:
 @report_errors(CheckpointError, OSError, TypeError, ValueError)
 def main() -> None:
     parser = converter_parser('Make a checkpoint for inference')
-    parser.add_argument('--norm-eps', type=float, help="of the norms; by default that of the "
+    parser.add_argument('--norm-eps', type=float, help="eps of the norms; by default from the "
                         "config in the checkpoint, else PyTorch's")  # fmt: skip
     args = parser.parse_args()
 

@@ -1,18 +1,18 @@
-"""Draw what the large-kernel gates of a trained model look at in an image.
+"""Draw the large-kernel gates of a trained model for an image.
 
     python tools/visualization/attention.py CONFIG CHECKPOINT IMAGE --out FILE.png [--block 0]
 
 A gate multiplies each pixel of each channel by a factor that it computes from a
-neighborhood of kernel_size x kernel_size. Drawn is the factor's absolute value,
-averaged over the channels, relative to its mean over the image: 1 is the average,
-2 is amplified twice as much. There is a panel for each stage, counted from 0 as out_indices counts
-them, of its last block or of the one that --block names, with its own scale: compare
-the numbers, not the colors, of two panels. Printed is what the picture leaves out: the
-size of the maps, and the absolute factors.
+neighborhood of kernel_size x kernel_size. The picture shows the factor's absolute value,
+averaged over the channels, relative to its mean over the image: 1 is the average, 2 is
+amplified twice as much. There is a panel for each stage, counted from 0 as in out_indices,
+with its last block or the one selected by --block. Each has its own scale: compare the
+numbers, not the colors, of two panels. The sizes of the maps and the absolute factors are
+printed.
 
-The config may be a detector's, a segmentor's or a classifier's with the backbone
-LSKAVAN; the image goes through its test pipeline. The checkpoint may be of any
-model with the same backbone.
+The config may be that of a detector, a segmentor or a classifier with the backbone
+LSKAVAN; the image is loaded with its test pipeline. The checkpoint may be of any model
+with the same backbone.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 class GateMap(NamedTuple):
-    """The factor of one gate: its place, counted from 0, and its map (H', W')."""
+    """The factor of one gate: stage and block, counted from 0, and the map (H', W')."""
 
     stage: int
     block: int
@@ -54,11 +54,11 @@ class GateMap(NamedTuple):
 
 
 def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap]:
-    """The absolute factors, averaged over channels, of one gate in each stage.
+    """Return the absolute factors, averaged over channels, of one gate in each stage.
 
     Args:
         backbone: In evaluation mode, deployed or not.
-        image: One normalised image (1, C, H, W).
+        image: One normalized image (1, C, H, W).
         block: Index of the block in its stage, negative from the end.
 
     Raises:
@@ -67,7 +67,7 @@ def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap
     maps, handles = [], []
 
     def keep(stage: int, index: int, gate: LSKA) -> None:
-        # Not the factor itself: without gradients the product takes its memory.
+        # A copy: without gradients the product reuses the factor's memory.
         def hook(module, inputs, output):
             maps.append(GateMap(stage, index, gate.kernel_size, output.abs().mean(1)[0].cpu()))
 
@@ -77,7 +77,7 @@ def gate_maps(backbone: LSKAVAN, image: Tensor, block: int = -1) -> list[GateMap
         for stage in range(backbone.num_stages):
             blocks = getattr(backbone, f'block{stage + 1}')
             if not -len(blocks) <= block < len(blocks):
-                raise ValueError(f'Stage {stage} has blocks 0 to {len(blocks) - 1}, none {block}.')
+                raise ValueError(f'Stage {stage} has blocks 0 to {len(blocks) - 1}, not {block}.')
             index = block % len(blocks)
             keep(stage, index, blocks[index].attn.spatial_gating_unit)
         with torch.no_grad():
@@ -100,7 +100,7 @@ def make_table(maps: list[GateMap]) -> str:
 
 
 def plot(image: Tensor, maps: list[GateMap], title: str, path: Path) -> None:
-    """The image (C, H, W), BGR of three bytes or a mean, and a panel for each gate.
+    """Draw the image (C, H, W), in color or the mean of its bands, and a panel for each gate.
 
     Each has its own color bar.
     """
@@ -108,12 +108,12 @@ def plot(image: Tensor, maps: list[GateMap], title: str, path: Path) -> None:
     in_colors = bands == 3 and image.dtype == torch.uint8
     picture = image.flip(0).permute(1, 2, 0) if in_colors else image.float().mean(0)
     panels, ratio = len(maps) + 1, max(width / height, 0.35)
-    # Beside each other; those of a wide image one above the other.
+    # Side by side; for a wide image one above the other.
     rows, columns, side = (1, panels, 2.6) if ratio < 2 else (panels, 1, 9.0 / ratio)
     figsize = ((side * ratio + 0.8) * columns, (side + 0.4) * rows + 0.7)  # inches
     figure, axes = plt.subplots(rows, columns, figsize=figsize, layout='compressed')
     figure.suptitle(textwrap.fill(title, int(12 * figsize[0])), fontsize=10)
-    axes[0].imshow(picture, cmap='gray')  # which is of the mean
+    axes[0].imshow(picture, cmap='gray')  # only used for the mean
     axes[0].set_title(f'mean of\n{bands} bands' if bands > 3 else 'image', fontsize=9)
     for axis, gate in zip(axes[1:], maps):
         relative = (gate.factor / gate.factor.mean()).numpy()
@@ -137,12 +137,12 @@ def draw(args: argparse.Namespace) -> str:
     """Write the picture; return its title and the table.
 
     Raises:
-        CheckpointError, OSError, ValueError: Say what is wrong.
+        CheckpointError, OSError, ValueError: On bad input.
     """
     cfg = read_config(args.config, args.cfg_options)
     backbone, weights = load_backbone(cfg, args.checkpoint)
     if not isinstance(backbone, LSKAVAN):
-        raise ValueError(f'The backbone is {type(backbone).__name__}; drawn are gates of LSKAVAN.')
+        raise ValueError(f'The backbone is {type(backbone).__name__}; expected LSKAVAN.')
     image = read(cfg, args.image)['inputs']
     inputs = normalize(image[None], cfg).to(args.device)
     maps = gate_maps(backbone.to(args.device), inputs, args.block)
@@ -154,13 +154,13 @@ def draw(args: argparse.Namespace) -> str:
 
 @report_errors(CheckpointError, OSError, RuntimeError, ValueError)
 def main() -> None:
-    parser = make_parser('Draw what the gates look at')
+    parser = make_parser('Draw the gates for an image')
     parser.add_argument('config', help='config of a model with the backbone LSKAVAN')
     parser.add_argument('checkpoint', help='checkpoint with its backbone')
     parser.add_argument('image', type=Path, help='an image')
     parser.add_argument('--out', type=png, required=True, help='file to write, .png')
     parser.add_argument('--block', type=int, default=-1,
-                        help='of each stage, negative from the end')  # fmt: skip
+                        help='block of each stage, negative from the end')  # fmt: skip
     parser.add_argument('--device', type=device, default='cpu')
     add_cfg_options(parser)
     args = parser.parse_args()

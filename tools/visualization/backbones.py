@@ -1,4 +1,4 @@
-"""What the pictures share: a backbone with its weights, and images as its config reads them."""
+"""Load the backbone of a config with its weights, and images with its test pipeline."""
 
 import argparse
 import logging
@@ -17,7 +17,7 @@ from lska_mm.cli import load_file, toolbox
 
 
 def device(text: str) -> torch.device:
-    """Convert an argument that names a device, on which torch must be able to compute."""
+    """Convert an argument that names a device; refuse one that torch cannot use."""
     try:
         torch.ones(1, device=text).item()
     except (AssertionError, RuntimeError) as error:
@@ -29,11 +29,11 @@ def load_backbone(cfg: Config, checkpoint: str | None = None) -> tuple[nn.Module
     """Load the backbone of a config from a checkpoint of any model that has the same one.
 
     Returns:
-        The backbone, in evaluation mode, random without a checkpoint; and what its
-        weights are, in words.
+        The backbone, in evaluation mode, random without a checkpoint; and a description
+        of its weights.
 
     Raises:
-        CheckpointError: If the checkpoint is not of the config's backbone.
+        CheckpointError: If the checkpoint does not fit the config's backbone.
         ValueError: If the config has no backbone.
     """
     if 'backbone' not in cfg.get('model', {}):
@@ -41,26 +41,26 @@ def load_backbone(cfg: Config, checkpoint: str | None = None) -> tuple[nn.Module
     init_default_scope(toolbox(cfg))
     backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
     if checkpoint is None:
-        logging.disable(logging.INFO)  # a line for every parameter
+        logging.disable(logging.INFO)  # would log a line for each parameter
         backbone.init_weights()
         logging.disable(logging.NOTSET)
         weights = 'random weights'
     else:
         weights = f'backbone of {load_file(nn.ModuleDict(dict(backbone=backbone)), checkpoint)}'
-    backbone.eval()  # those of mmpretrain return nothing
+    backbone.eval()  # mmpretrain's return nothing
     return backbone, weights
 
 
 def read(cfg: Config, path: Path, same_size: bool = False) -> dict[str, Any]:
-    """What the config's test pipeline makes of an image.
+    """Apply the config's test pipeline to an image.
 
     Args:
-        cfg: Without such a pipeline, images of three channels are loaded.
-        path: An image.
+        cfg: Config; without such a pipeline, images are loaded with three channels.
+        path: Path of the image.
         same_size: Only load and normalize it.
 
     Raises:
-        OSError: If there is no such file, or it is not an image of that kind.
+        OSError: If there is no such file, or the pipeline cannot read it.
     """
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset:  # RepeatDataset and the like

@@ -1,23 +1,22 @@
-"""Draw the effective receptive fields of backbones, and measure them.
+"""Measure and draw the effective receptive fields of backbones.
 
     python tools/visualization/erf.py --images DIR --out erf.png
         --model CONFIG [CHECKPOINT] [--model CONFIG [CHECKPOINT] ... | --kernel-sizes 7 23 53]
 
-The field is what the pixels of an image contribute to the center of the last
-map: the gradient of its positive values, summed over channels, with respect to
-the image; negative gradients count as zero, the image's channels are summed, and
-images are averaged. This is the protocol of RepLKNet (arXiv:2203.06717). Without
-it, that is with all values instead of the positive ones, a LayerNorm at the end
-would leave nothing: its channels sum to a constant.
+The field is the contribution of each pixel of an image to the center of the last
+map: the gradient of the center's positive values, summed over channels, with respect
+to the image. Negative gradients count as zero, the image's channels are summed, and
+images are averaged, as in RepLKNet (arXiv:2203.06717). Only positive values are used
+because the channels of a final LayerNorm sum to a constant, whose gradient is zero.
 
-Any config with a backbone that returns maps will do, of any toolbox, and the
-checkpoint of any model with the same backbone. Without one the weights are random,
-and the picture says so. Images are loaded as the config's test pipeline loads them,
-of any number of bands. There is a panel for each model, all on one scale: the
-contribution relative to the largest one, logarithmic. The squares are the smallest
-around the center that hold 20, 50 and 99 % of it; their sides, and their shares of
-the image's area, are printed as a Markdown table. Where even the largest is small,
-the middle is also drawn enlarged.
+Any toolbox's config with a backbone that returns maps can be used, with a checkpoint
+of any model with the same backbone. Without one the weights are random, and the
+picture says so. Images, with any number of bands, are loaded with the config's test
+pipeline. There is a panel for each model, all on one scale: the contribution relative
+to the largest one, logarithmic. The squares are the smallest ones around the center
+that contain 20, 50 and 99 % of it; their sides, and their shares of the image's area,
+are printed as a Markdown table. If even the largest is small, the center is also
+drawn enlarged.
 """
 
 import argparse
@@ -47,27 +46,27 @@ from matplotlib.patheffects import withStroke
 
 SHARES = (0.2, 0.5, 0.99)
 COLORS = ('#ffffff', '#00e5ff', '#7cff4f')  # of the squares
-NARROW = 0.2  # of the image's side; a field within that is also drawn enlarged
-FLOOR = 1e-4  # of the largest contribution; less is drawn alike
+NARROW = 0.2  # of the image's side; a narrower field is also drawn enlarged
+FLOOR = 1e-4  # of the largest contribution; smaller ones look the same
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
-# --- What is measured ----------------------------------------------------------
+# --- Measurement ---------------------------------------------------------------
 
 
 def effective_receptive_field(backbone: nn.Module, images: Sequence[Tensor] | Tensor) -> Tensor:
-    """What each pixel contributes to the center of the backbone's last map.
+    """Return the contribution of each pixel to the center of the backbone's last map.
 
     Args:
         backbone: Returns a map (B, C', H', W') or several, the last one last;
             in evaluation mode.
-        images: Images (C, H, W) of one size, as the backbone wants them.
+        images: Images (C, H, W) of one size, normalized for the backbone.
 
     Returns:
-        Contributions (H, W), none negative, averaged over the images.
+        Nonnegative contributions (H, W), averaged over the images.
 
     Raises:
-        ValueError: If what the backbone returns is no map, or the center of the map
+        ValueError: If the backbone does not return a map, or the center of the map
             does not lie over the center of the image.
     """
     total = torch.zeros(images[0].shape[1:], dtype=torch.float64)
@@ -79,7 +78,7 @@ def effective_receptive_field(backbone: nn.Module, images: Sequence[Tensor] | Te
                 last = last[-1]
             if last.dim() != 4:
                 raise ValueError(
-                    f'The {type(backbone).__name__} returns {tuple(last.shape)}, which is no map '
+                    f'The {type(backbone).__name__} returns {tuple(last.shape)}, expected a map '
                     '(B, C, H, W).'
                 )
             _check_center(image.shape[2:], last.shape[2:])
@@ -90,19 +89,19 @@ def effective_receptive_field(backbone: nn.Module, images: Sequence[Tensor] | Te
 
 
 def _check_center(image: torch.Size, last: torch.Size) -> None:
-    """Whether point (H' // 2, W' // 2) of the map is over pixel (H // 2, W // 2)."""
+    """Check that point (H' // 2, W' // 2) of the map is over pixel (H // 2, W // 2)."""
     for size, cells in zip(image, last):
         stride = _stride(size, cells)
         if cells // 2 * stride != size // 2:
             raise ValueError(
                 f'The last map of {size} pixels has {cells} points, and the middle one is over '
-                f'pixel {cells // 2 * stride}, not {size // 2}. Take a multiple of {2 * stride} '
+                f'pixel {cells // 2 * stride}, not {size // 2}. Use a multiple of {2 * stride} '
                 'pixels.'
             )
 
 
 def _stride(size: int, cells: int) -> int:
-    """Of a map with so many points: a power of two where one fits, as of nearly all backbones."""
+    """Return the stride of a map: if possible a power of two, as in nearly all backbones."""
     power = 2 ** round(math.log2(size / cells))
     exact, rest = divmod(size, cells)
     return exact if rest == 0 and -(-size // power) != cells else power
@@ -116,12 +115,12 @@ class Square(NamedTuple):
 
 
 def contribution_squares(erf: Tensor, shares: Sequence[float] = SHARES) -> list[Square]:
-    """The smallest centered squares that hold ``shares`` of the contributions (H, W).
+    """Return the smallest centered squares that contain ``shares`` of contributions (H, W).
 
-    Their sides are odd, around pixel (H // 2, W // 2), unless the image ends before.
+    Their sides are odd, around pixel (H // 2, W // 2), unless cut off by the image.
 
     Raises:
-        ValueError: If they sum to nothing, or to no number.
+        ValueError: If the sum is zero or NaN.
     """
     height, width = erf.shape
     rows, columns = (torch.arange(n) - n // 2 for n in (height, width))
@@ -129,10 +128,10 @@ def contribution_squares(erf: Tensor, shares: Sequence[float] = SHARES) -> list[
     held = torch.bincount(distance.flatten(), weights=erf.double().flatten()).cumsum(0)
     if not held[-1] > 0:
         raise ValueError(
-            f'What the pixels contribute to the center of the last map sums to {held[-1]:.0f}: '
-            'there are no shares of that.'
+            f'The contributions of the pixels to the center of the last map sum to '
+            f'{held[-1]:.0f}, expected a positive number.'
         )
-    # Less a rounding error, so that a share of 1 is found where it is reached.
+    # Minus a rounding error, so that a share of 1 is reached.
     wanted = torch.as_tensor(shares, dtype=torch.float64) * held[-1] * (1 - 1e-9)
     squares = []
     for radius in torch.searchsorted(held, wanted).tolist():
@@ -145,13 +144,13 @@ def contribution_squares(erf: Tensor, shares: Sequence[float] = SHARES) -> list[
 
 
 def find_images(folder: Path, number: int) -> list[Path]:
-    """At most so many images below a folder, spread evenly over their sorted names.
+    """Return up to ``number`` images below a folder, evenly spaced in their sorted names.
 
     Raises:
         FileNotFoundError: If there is none.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f'No folder {folder}; --images is a folder of images.')
+        raise FileNotFoundError(f'No folder {folder}; --images expects a folder of images.')
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise FileNotFoundError(f'No image ({" ".join(SUFFIXES)}) in {folder}.')
@@ -160,7 +159,7 @@ def find_images(folder: Path, number: int) -> list[Path]:
 
 
 def read_center(cfg: Config, path: Path, size: tuple[int, int]) -> Tensor:
-    """The center of an image as the config loads it, resized: (C, *size)."""
+    """Load an image with the config's pipeline, and return its resized center (C, *size)."""
     image = read(cfg, path, same_size=True)['img']
     bands = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1)
     scale = min(n / wanted for n, wanted in zip(bands.shape[1:], size))
@@ -185,7 +184,7 @@ class Field(NamedTuple):
 
 
 def kernel_sizes(backbone: nn.Module) -> str:
-    """The kernel sizes of the gates in any backbone, the first one first; may be empty."""
+    """Return the kernel sizes of the gates in a backbone, in order; may be empty."""
     gates = (module for module in backbone.modules() if isinstance(module, LSKA))
     return ', '.join(dict.fromkeys(str(gate.kernel_size) for gate in gates))
 
@@ -200,7 +199,7 @@ def make_table(fields: list[Field]) -> str:
 
 
 def draw(axis: plt.Axes, field: Field, reach: float) -> None:
-    """Draw what is less than ``reach`` pixels from the center, and the squares."""
+    """Draw the field up to ``reach`` pixels from the center, and the squares."""
     height, width = field.erf.shape
     top, left = -(height // 2) - 0.5, -(width // 2) - 0.5  # the center is (0, 0)
     relative = (field.erf / field.erf.max()).clamp(min=FLOOR).numpy()
@@ -215,7 +214,7 @@ def draw(axis: plt.Axes, field: Field, reach: float) -> None:
 
 
 def plot(fields: list[Field], path: Path) -> None:
-    """A panel for each field, on a common scale, with the squares."""
+    """Draw a panel for each field, on a common scale, with the squares."""
     columns = min(len(fields), 4)
     rows = -(-len(fields) // columns)
     size = (3.4 * columns + 1, 4.1 * rows)  # inches
@@ -246,7 +245,7 @@ def plot(fields: list[Field], path: Path) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[Field]:
-    """A field for each model, or for each kernel size of the one model."""
+    """Return a field for each model, or for each kernel size of a single model."""
     paths = find_images(args.images, args.num_images)
     print(f'{len(paths)} images of {args.images}, {args.size[0]} x {args.size[1]} pixels')
     fields = []
@@ -274,11 +273,11 @@ def main() -> None:
                         metavar=('CONFIG', 'CHECKPOINT'), help='once for each model; '
                         'without a checkpoint from random weights')  # fmt: skip
     parser.add_argument('--kernel-sizes', nargs='+', type=int,
-                        help='draw the one config with each, from random weights')  # fmt: skip
-    parser.add_argument('--images', type=Path, required=True, help='folder, with its subfolders')
+                        help='draw a single config with each, from random weights')  # fmt: skip
+    parser.add_argument('--images', type=Path, required=True, help='folder of images')
     parser.add_argument('--num-images', type=int, default=50, help='at most')
     parser.add_argument('--size', type=cli.size, default='256x256', metavar='HEIGHTxWIDTH',
-                        help='of the images: multiples of twice the last stride')  # fmt: skip
+                        help='size of the images: multiples of twice the last stride')  # fmt: skip
     parser.add_argument('--device', type=device, default='cpu')
     parser.add_argument('--out', type=cli.png, required=True, help='file to write, .png')
     cli.add_cfg_options(parser)
