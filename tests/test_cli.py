@@ -34,7 +34,7 @@ def test_size():
 
 @pytest.mark.parametrize('text', ['224', '224x', '224X224', '224x224x3', '-1x5', ''])
 def test_what_is_no_size(text):
-    with pytest.raises(ArgumentTypeError, match=f'{text!r} is not HEIGHTxWIDTH, as 224x224'):
+    with pytest.raises(ArgumentTypeError, match=f'{text!r} is not HEIGHTxWIDTH, such as 224'):
         cli.size(text)
 
 

@@ -290,7 +290,7 @@ def test_all_corruptions_of_an_image_of_ones_own(run, tmp_path):
         ([], 1, 'No image in'),
         (['--corruptions', 'rain'], 1, 'Unknown corruptions: rain; known: gaussian_noise, shot'),
         (['--size', '16x16'], 2, '--size must be a square of 32x32 or more'),
-        (['--size', '64'], 2, "'64' is not HEIGHTxWIDTH, as 224x224"),
+        (['--size', '64'], 2, "'64' is not HEIGHTxWIDTH, such as 224x224"),
         (['--size', '64x48'], 2, '--size must be a square of 32x32 or more'),
     ],
 )

@@ -130,7 +130,7 @@ def check_as_built(name: str, module: Any, cls: type | None = None) -> None:
     if removers:
         reason = f"its weight is computed from others; call {removers[0]}(module, 'weight') first"
     elif hooks:
-        reason = f'it has {len(hooks)} hooks, which would get other maps; remove them first'
+        reason = f'it has {len(hooks)} hooks, which would see other maps; remove them first'
     elif 'forward' in vars(module):
         reason = 'its forward was replaced; restore it first'
     elif cls is not None and type(module) is not cls:

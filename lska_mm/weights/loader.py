@@ -44,7 +44,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             'Our configs look in the folder that LSKA_PRETRAINED names, or in "pretrained".'
         ) from None
     if os.path.isdir(path):
-        raise IsADirectoryError(f'{path} is a folder; expected a checkpoint file.')
+        raise IsADirectoryError(f'{path} is a folder; name a checkpoint file in it.')
     trusted, distrusted = (
         os.environ.get(name, '').lower() in ('1', 'y', 'yes', 'true') for name in (TRUST, DISTRUST)
     )

@@ -205,7 +205,7 @@ def compare(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | N
         yield 'differ in shape', [f'{key}, found {tuple(a.shape)}, expected {tuple(b.shape)}'
                                   for key, a, b in pairs if a.shape != b.shape]  # fmt: skip
         yield (
-            'have NaN or infinity, as after a diverged training',
+            'hold NaN or infinity, as after a training that diverged',
             [key for key, a, b in pairs if not a.to(b.dtype).isfinite().all()],
         )
 
@@ -228,5 +228,5 @@ def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str
         return f'The weights are of {ours}, like this backbone, but {problem}.'
     advice = 'Change the backbone in the config, or the checkpoint'
     if differ <= {'kernel_size', 'attention', 'in_channels'} | ({'deploy'} - weights.keys()):
-        advice += ' (with tools/model_converters)'
+        advice += ' (with a tool in tools/model_converters)'
     return f'The weights are of {signature(found)}, this backbone is {ours}: {problem}. {advice}.'

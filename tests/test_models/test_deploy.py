@@ -60,7 +60,7 @@ def test_deployed_state_dict_reloads():
         CheckpointError, match=r'are of .* deploy=True\), this backbone is .*=3\): '
     ):
         small().load_state_dict(backbone.state_dict())
-    with pytest.raises(CheckpointError, match=r'this backbone is .* deploy=True\): .*by a tool'):
+    with pytest.raises(CheckpointError, match=r'this backbone is .* deploy=True\): .*with a tool'):
         again.load_state_dict(small().state_dict())
 
 

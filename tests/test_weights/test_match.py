@@ -66,7 +66,7 @@ def test_another_network_is_refused(published_file, kwargs, found, expected):
     with pytest.raises(CheckpointError) as error:
         backbone.init_weights()
     print(error.value)
-    tools = 'or the checkpoint (by a tool of tools/model_converters)'
+    tools = 'or the checkpoint (with a tool in tools/model_converters)'
     assert (tools in str(error.value)) == ('arch' not in kwargs)
     assert str(error.value).startswith(f'{published_file}: The weights are of')
     weights, _, ours = str(error.value).partition('this backbone is')

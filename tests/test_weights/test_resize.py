@@ -98,12 +98,12 @@ def test_a_size_a_stage():
 @pytest.mark.parametrize(
     ('attention', 'k', 'other', 'nearest', 'match'),
     [
-        ('LSKA', 11, 23, False, rf'{GATE}: 64 taps that are not zero, 2 pixels apart, have no '
-         r'place in kernel size 23, whose taps lie 3 apart; .* nearest=True \(--nearest\)'),
+        ('LSKA', 11, 23, False, rf'{GATE}: 64 nonzero taps, 2 pixels apart, do not fit into '
+         r'kernel size 23, whose taps are 3 apart; .* nearest=True \(--nearest\)'),
         ('LKA', 23, 11, False, '3 pixels apart, do not fit into kernel size 11, .* 2 apart'),
         ('LSKA', 53, 23, False, '160 nonzero taps, .* do not fit into kernel size 23'),
-        ('LKA-trivial', 11, 7, False, '576 taps that are not zero, 1 pixels apart'),
-        ('LKA', 53, 23, True, r'2-D kernels \(attention LKA\) have no nearest fit.*--separate'),
+        ('LKA-trivial', 11, 7, False, '576 nonzero taps, 1 pixels apart'),
+        ('LKA', 53, 23, True, r'2-D kernels \(attention LKA\) cannot be fitted.*--separate'),
         ('LSKA', 23, 24, False, r'kernel_size=24 cannot be split.*: 23 and 29'),
         ('LSKA', 23, [35, 35, 53], False, 'has 3 values, the arch has 2 stages'),
     ],
