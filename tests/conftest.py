@@ -197,66 +197,45 @@ def published_file(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def preloaded(tmp_path_factory):
-    """Run a Python script by `preloaded.py`; returns exit code and what it printed."""
-    out = tmp_path_factory.mktemp('preloaded') / 'printed'
-    process = None
-
-    def start():
-        for _ in range(3):  # libraries race for their caches while they are imported
-            process = subprocess.Popen(
-                [sys.executable, ROOT / 'tests/preloaded.py'],
-                env={'OMP_NUM_THREADS': '2', **os.environ},
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            if process.stdout.readline() == 'ready\n':
-                return process
-            print(f'preloaded.py ended with {process.wait()} before it was ready')
+def python(tmp_path_factory):
+    """A folder with a `python` that runs scripts by `preloaded.py`, all else as it is."""
+    folder, script = tmp_path_factory.mktemp('bin'), ROOT / 'tests/preloaded.py'
+    (folder / 'python').write_text(
+        '#!/bin/sh\n'
+        '[ "$1" = -u ] && [ "$2" != -m ] && shift\n'
+        f'case $1 in *.py) exec {sys.executable} -IS {script} {folder}/socket "$@" ;; esac\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    (folder / 'python').chmod(0o755)
+    for _ in range(3):  # libraries race for their caches while they are imported
+        process = subprocess.Popen(
+            [sys.executable, script, folder / 'socket'], text=True, stdout=subprocess.PIPE,
+            env={'OMP_NUM_THREADS': '2', **os.environ},
+        )  # fmt: skip
+        if process.stdout.readline() == 'ready\n':
+            break
+        print(f'preloaded.py ended with {process.wait()} before it was ready')
+    else:
         raise RuntimeError('preloaded.py does not start')
-
-    def _run(argv, cwd, environ):
-        nonlocal process
-        if process is None or process.poll() is not None:
-            process = start()
-        out.write_text('')
-        job = dict(argv=argv, cwd=str(cwd), environ=environ, out=str(out))
-        print(json.dumps(job), file=process.stdin, flush=True)
-        code = process.stdout.readline()
-        assert code, f'preloaded.py ended with {process.wait()} while it ran {argv}'
-        return int(code), out.read_text()
-
-    yield _run
-    if process is not None:
-        process.terminate()  # forked processes may hold its input open
-        process.wait()
+    yield folder
+    process.terminate()
+    process.wait()
 
 
 @pytest.fixture(scope='session')
-def run(preloaded):
+def run(python):
     """Run a command in the repository as a user would; returns what it printed."""
 
     def _run(*command, code=0, cwd=ROOT, **env):
         # Two threads: spinning, more of them would slow each other.
-        environ = {'OMP_NUM_THREADS': '2', **os.environ, **env}
-        environ['PATH'] = f'{Path(sys.executable).parent}:{environ["PATH"]}'
-        program, *words = map(str, command)
-        if program == 'python' and words[0].endswith('.py'):
-            returned, printed = preloaded(words, cwd, environ)
-        else:
-            result = subprocess.run(
-                [program, *words],
-                cwd=cwd,
-                env=environ,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-            returned, printed = result.returncode, result.stdout
-        assert returned == code, printed[-5000:]
-        return printed
+        environ = {'OMP_NUM_THREADS': '2', 'PYTHON_EXEC': f'{python}/python', **os.environ, **env}
+        environ['PATH'] = f'{python}:{Path(sys.executable).parent}:{environ["PATH"]}'
+        result = subprocess.run(
+            list(map(str, command)), cwd=cwd, env=environ, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        assert result.returncode == code, result.stdout[-5000:]
+        return result.stdout
 
     return _run
 

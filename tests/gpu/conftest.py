@@ -1,19 +1,28 @@
 """What the checks of `make gpu` share; `make test` runs their bodies on a CPU, smaller."""
 
 import copy
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, trained
+from conftest import trained
 
 
 def pytest_configure(config):
     if config.getoption('markexpr') == 'gpu' and not torch.cuda.is_available():
         pytest.exit('make gpu needs a GPU, torch sees none; make test has its checks on a CPU', 1)
+
+
+def pytest_collection_modifyitems(items):
+    """On a CPU one case of each test runs, so that none breaks before it meets a GPU."""
+    seen = set()
+    for item in items:
+        device = getattr(item, 'callspec', None) and item.callspec.params.get('device')
+        if device == 'cpu' and item.path.parent == Path(__file__).parent:
+            if item.function in seen:
+                item.add_marker(pytest.mark.soak)
+            seen.add(item.function)
 
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
@@ -41,22 +50,6 @@ def images(device):
     torch.manual_seed(1)
     images = torch.rand(2, 3, *((96, 96) if device.type == 'cuda' else (32, 32)))
     return images.contiguous(memory_format=torch.channels_last)
-
-
-@pytest.fixture
-def tool():
-    """Run Python with some arguments, where little is installed; returns what it printed."""
-
-    def _tool(*words):
-        result = subprocess.run(
-            [sys.executable, *map(str, words)], cwd=ROOT,
-            env={'OMP_NUM_THREADS': '2', **os.environ}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout[-5000:]
-        return result.stdout
-
-    return _tool
 
 
 def on(device, model):

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 CODE = """
 import sys
 sys.path.insert(0, '.dev_scripts')
@@ -22,8 +24,13 @@ print(run(build, Path(sys.argv[1]), 1e9, sys.argv[2], [train, graphs]))
 """
 
 
-def test_benchmark(device, tool, tmp_path):
-    printed = tool('-c', CODE, tmp_path, device.type)
+@pytest.mark.parametrize(
+    'device',
+    [pytest.param('cpu', marks=pytest.mark.soak), pytest.param('cuda', marks=pytest.mark.gpu)],
+    indirect=True,
+)
+def test_benchmark(device, run, tmp_path):
+    printed = run('python', '-c', CODE, tmp_path, device.type)
     content = json.loads((tmp_path / 'benchmark.json').read_text())
     assert content['left_out'] == []
     models = [row['model'] for row in content['rows']]

@@ -35,7 +35,7 @@ def last_metric(work_dir, name):
 
 
 @pytest.mark.parametrize('how', DIGITS)
-def test_classifier(device, tool, digits, tmp_path, how):
+def test_classifier(device, run, digits, tmp_path, how):
     """The digits, in 8 epochs; on a CPU a step of them."""
     text, epochs, few = DIGITS[how], 8, []
     if device.type == 'cpu':
@@ -44,8 +44,9 @@ def test_classifier(device, tool, digits, tmp_path, how):
     config = tmp_path / 'config.py'
     config.write_text(f"_base_ = '{ROOT}/demo/lska-van-tiny_digits.py'\n{text}\n")
     data = [f'{part}_dataloader.dataset.data_root={digits}' for part in ('train', 'val', 'test')]
-    tool(
-        'tools/train.py', config, '--work-dir', tmp_path / 'work', '--cfg-options', *data, *few,
+    run(
+        'python', 'tools/train.py', config, '--work-dir', tmp_path / 'work',
+        '--cfg-options', *data, *few,
         f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={epochs}',
         f'param_scheduler.1.end={max(epochs, 2)}',
     )  # fmt: skip
@@ -55,9 +56,8 @@ def test_classifier(device, tool, digits, tmp_path, how):
 
 
 @pytest.mark.parametrize('head', ['fpn', pytest.param('upernet', marks=pytest.mark.gpu)])
-def test_segmentor_with_sync_bn(device, tool, tmp_path, head):
+def test_segmentor_with_sync_bn(device, run, nuclei, tmp_path, head):
     """The nuclei, by one process of torchrun: NCCL, or gloo; compiled between the norms."""
-    tool('tools/dataset_converters/nuclei.py', '--out', tmp_path / 'nuclei', '--formats', 'ade')
     iterations = 200 if device.type == 'cuda' else 1
     cfg = Config.fromfile(ROOT / 'demo/lska-van-tiny_fpn_nuclei.py')
     if head == 'upernet':
@@ -75,11 +75,11 @@ def test_segmentor_with_sync_bn(device, tool, tmp_path, head):
     cfg.model.backbone.norm_cfg = dict(type='SyncBN')
     cfg.custom_hooks = [dict(type='CompileHook')] if head == 'upernet' else []
     for part in ('train', 'val', 'test'):
-        cfg[f'{part}_dataloader'].dataset.data_root = f'{tmp_path}/nuclei/ade'
+        cfg[f'{part}_dataloader'].dataset.data_root = f'{nuclei}/ade'
     cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
     cfg.dump(tmp_path / 'config.py')
-    printed = tool(
-        '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=1',
+    printed = run(
+        'python', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=1',
         'tools/train.py', tmp_path / 'config.py', '--launcher', 'pytorch',
         '--work-dir', tmp_path / 'work',
     )  # fmt: skip
