@@ -17,7 +17,7 @@ def benchmark(run, tmp_path):
     return _benchmark
 
 
-@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('train', [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_table_json_and_plot(benchmark, tmp_path, train):
     benchmark('--kernel-sizes', 7, 11, *(['--train'] if train else []))
     rows = json.loads((tmp_path / 'benchmark.json').read_text())
@@ -34,6 +34,7 @@ def test_table_json_and_plot(benchmark, tmp_path, train):
     assert (tmp_path / 'benchmark.png').exists()
 
 
+@pytest.mark.soak
 def test_other_engines_and_several_runs(benchmark, tmp_path):
     benchmark('--kernel-sizes', 7, '--onnx', '--openvino', '--precisions', 'int8', '--runs', 2)
     rows = json.loads((tmp_path / 'benchmark.json').read_text())

@@ -39,9 +39,13 @@ def test_network_field_is_where_gradients_end(attention):
     assert [network_field([1, 1], 7)] * 2 == sides == [111, 111]
 
 
-@pytest.mark.parametrize('more', [['--time'], []], ids=['timed', 'counted'])
+@pytest.mark.parametrize(
+    'more',
+    [['--time'], pytest.param([], marks=pytest.mark.soak)],
+    ids=['timed', 'counted'],
+)
 def test_compare_kernels(run, tmp_path, more):
-    gates = ['LKA-trivial'] if more else ['LSKA', 'LKA']
+    gates = ['LSKA'] if more else ['LSKA', 'LKA']
     words = [*QUICK, '--attentions', *gates, '--out', tmp_path / 'out', *more]
     printed = run('python', TOOL, *words)
     out = tmp_path / 'out/compare_kernels'

@@ -59,6 +59,7 @@ ADDED = dict(
 )
 HEADS = dict(upernet='UPerHead', segformer='SegformerHead', lightham='LightHamHead')
 COUNTS = dict(classification=15, detection=11, segmentation=8)
+SIZES = re.compile(r'-van-(small|base|tiny-k\d+)')
 WIDTHS = dict(tiny=[32, 64, 160, 256], small=[64, 128, 320, 512], base=[64, 128, 320, 512])
 
 
@@ -262,7 +263,14 @@ def test_missing_weights_are_an_error():
         MODELS.build(cfg.model).init_weights()
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [  # another size or kernel is the same code
+        pytest.param(path, marks=[pytest.mark.soak] * bool(SIZES.search(path.stem)))
+        for path in CONFIGS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_trains_one_step(path):
     cfg = Config.fromfile(path)
     train_one_step(cfg, DATA[cfg.default_scope])

@@ -64,10 +64,6 @@ def train_through(kills, nuclei, folder, popen):
     return cfg.train_cfg.max_epochs
 
 
-def test_a_kill_while_saving_and_one_between(nuclei, tmp_path, popen):
-    assert train_through(2, nuclei, tmp_path, popen) >= 2
-
-
 @pytest.mark.soak
 def test_ten_kills(nuclei, tmp_path, popen):
     epochs = train_through(10, nuclei, tmp_path, popen)

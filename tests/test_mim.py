@@ -7,6 +7,7 @@ import pytest
 CONFIG = 'demo/lska-van-tiny_digits.py'
 
 
+@pytest.mark.soak  # MMEngine's and mim's own code; test_package.py has what they find
 # not imported: it makes its folder, and fails where another process was faster
 @pytest.mark.skipif(not find_spec('mim'), reason='onedl-mim goes with the default stack')
 def test_mim_searches_trains_and_tests(run, digits, tmp_path):

@@ -1,12 +1,36 @@
 """The metafiles: up to date, and found by mmpretrain's API."""
 
+import pytest
 import yaml
+from mmengine.config import Config
 
-from conftest import ROOT
+from conftest import ROOT, load_tool
 
 
+@pytest.mark.soak
 def test_metafiles_and_tables_are_up_to_date(run):
     run('python', '.dev_scripts/metafile.py', '--check')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'classification/lska-van-tiny-k35_4xb128_in1k',
+        'detection/mask-rcnn_lska-van-tiny_fpn_1x_coco',
+        'segmentation/lska-van-tiny_fpn_4xb4-80k_ade20k-512x512',
+    ],
+)
+def test_a_model_of_each_task_is_counted_and_all_are_listed(name):
+    metafile = load_tool('.dev_scripts/metafile.py')
+    task, _, name = name.partition('/')
+    written = yaml.safe_load((ROOT / f'configs/{task}/metafile.yml').read_text())
+    found = {model['Name']: model['Metadata'] for model in written['Models']}
+    paths = [path for path in (ROOT / 'configs' / task).glob('*.py') if 'dota' not in path.stem]
+    assert list(found) == [path.stem for path in sorted(paths, key=metafile.order)]
+    cfg = Config.fromfile(ROOT / f'configs/{task}/{name}.py')
+    counts = metafile.count(cfg, metafile.TASKS[task]['size'])
+    assert tuple(found[name].values()) == counts
+    assert metafile.make_table(task, written) in (ROOT / 'docs/model_zoo.md').read_text()
 
 
 def test_numbers_of_the_paper_s_models():

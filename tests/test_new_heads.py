@@ -50,6 +50,9 @@ DETECTORS = {
     'solov2/solov2_r50_fpn_1x_coco': ALL,
     'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance': ALL,
 }
+KINDS = ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco', 'dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco',
+         'rtmdet/rtmdet_tiny_8xb32-300e_coco', 'detr/detr_r50_8xb2-150e_coco',
+         'solov2/solov2_r50_fpn_1x_coco')  # fmt: skip
 
 SEGMENTOR = """\
 _base_ = '{root}/configs/segmentation/lska-van-tiny_upernet_8xb2-160k_ade20k-512x512.py'
@@ -89,7 +92,15 @@ def train_and_predict(config, text, data):
         return model.test_step(data(cfg))
 
 
-@pytest.mark.parametrize('base', DETECTORS, ids=lambda base: base.split('/')[1])
+def one_of_each_kind(names, kinds):
+    """The others run by make soak."""
+    return [name if name in kinds else pytest.param(name, marks=pytest.mark.soak)
+            for name in names]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'base', one_of_each_kind(DETECTORS, KINDS), ids=lambda base: base.split('/')[1]
+)
 def test_detector(base, tmp_path):
     widths = [[32, 64, 160, 256][i] for i in DETECTORS[base]]
     text = DETECTOR.format(base=base, out_indices=DETECTORS[base], in_channels=widths)
@@ -100,7 +111,9 @@ def test_detector(base, tmp_path):
         assert found.scores.isfinite().all()
 
 
-@pytest.mark.parametrize('head', SEGMENTORS)
+@pytest.mark.parametrize(
+    'head', one_of_each_kind(SEGMENTORS, ('DepthwiseSeparableASPPHead', 'UPerHead'))
+)
 def test_segmentor(head, tmp_path):
     text = SEGMENTOR.format(root=ROOT, head=f"type='{head}', {SEGMENTORS[head]}")
     for result in train_and_predict(tmp_path / 'config.py', text, segmentation_data):

@@ -48,6 +48,7 @@ def test_other_files_have_no_shape_bias(run, tmp_path, text, message):
     assert not (tmp_path / 'x.png').exists()
 
 
+@pytest.mark.soak
 def test_cue_conflict_has_what_its_config_wants(run, tmp_path):
     printed = run('python', '.dev_scripts/cue_conflict.py', '--out', tmp_path)
     assert 'train: 1442 images of 10 classes\nval: 355 images of 10 classes' in printed

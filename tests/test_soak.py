@@ -19,6 +19,7 @@ def soak(run, config, folder, minutes, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.soak
 def test_a_short_soak(run, nuclei, tmp_path):
     """Too short for a judgement on memory, but not on what is left over."""
     cfg = segmentor(nuclei, tmp_path)

@@ -102,13 +102,14 @@ def test_a_signal_to_one_process_saves_and_resume_goes_on(run, job, popen):
         if 'tools/train.py' in ' '.join(child.cmdline())
     ]
     assert len(workers) == 2
-    workers[-1].send_signal(signal.SIGUSR1)
+    workers[-1].send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 1  # torchrun's own
     assert f'exitcode  : {EXIT_CODE}' in log.read_text()
     saved = torch.load((job / 'asked/last_checkpoint').read_text(), weights_only=False)['meta']
     more[1] = f'train_cfg.max_epochs={saved["epoch"] + 1}'
-    more = ['--resume', '--cfg-options', *more]
-    printed = run(*command, *more, PORT='29613', OMP_NUM_THREADS='1')
+    more[0] = 'train_dataloader.batch_size=16'
+    command[:4] = ['python', 'tools/train.py', job / 'config.py']
+    printed = run(*command, '--resume', '--cfg-options', *more, OMP_NUM_THREADS='1')
     assert f'resumed epoch: {saved["epoch"]}, iter: {saved["iter"]}' in printed
 
 

@@ -57,13 +57,16 @@ def parent_of(model, part):
                 for name, child in parent.named_children() if child is part)  # fmt: skip
 
 
+CONVOLUTIONS = ('proj_1', 'gate', 'proj_2', 'fc1', 'dwconv', 'fc2')
+
+
 def to_conv(change):
     """Do something to one convolution of each kind."""
     return {
         f'{change.__name__} {name}': lambda model, name=name: change(
             model, names_of(model)[1][name]
         )
-        for name in ('proj_1', 'gate', 'proj_2', 'fc1', 'dwconv', 'fc2')
+        for name in CONVOLUTIONS
     }
 
 
@@ -238,12 +241,19 @@ THINGS = {
         hooks_of_branches, compiled_in_place, with_frozen_weights, with_hooks_of_gradients,
     )
 }  # fmt: skip
-for change in (
+CHANGES = (
     hook, pre_hook, replaced_forward, replaced_conv_forward, pruned, parametrized, weight_normed,
     circular, without_bias, wrapped, of_a_subclass, with_other_weight, changed_by_data,
     in_other_strides,
-):  # fmt: skip
+)  # fmt: skip
+for change in CHANGES:
     THINGS.update(to_conv(change))
+# Of these, a convolution of each branch for each change, another from change to change.
+SHORT = {
+    f'{change.__name__} {CONVOLUTIONS[j + i % 3]}'
+    for i, change in enumerate(CHANGES)
+    for j in (0, 3)
+}
 
 
 def assert_same(found, expected, tolerance=1e-4):
@@ -280,7 +290,7 @@ def outputs(thing, deploy, dtype):
 
 # Through .data PyTorch counts no version; a deployed block calls the parts of its branches.
 CELLS = [
-    (thing, deploy)
+    pytest.param(thing, deploy, marks=[pytest.mark.soak] * (' ' in thing and thing not in SHORT))
     for thing in THINGS
     for deploy in (False, True)
     if not (deploy and thing.startswith(('changed_by_data', 'with_wrapped_branches')))
