@@ -68,6 +68,7 @@ def test_a_busy_machine_is_fine_where_the_report_says_so(benchmark, tmp_path):
     assert all(0 <= row['busy'] <= 100 for row in rows)
 
 
+@pytest.mark.soak
 def test_a_wide_spread_is_refused(benchmark, tmp_path):
     """After five measurements."""
     printed = benchmark('--max-spread', 0, '--kernel-sizes', 7, code=1)

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 
 CONVOLUTIONS = """
+import itertools
 import torch
 from lska_mm.fast import kernels
 from lska_mm.models.lska import kernel_layout
@@ -22,8 +23,8 @@ torch.manual_seed(0)
 published = {layout for k in (7, 11, 23, 35, 53) for layout in kernel_layout('LSKA', k).values()}
 precise = [((2, channels, 9, 7), *layout, torch.float32) for channels in (5, 80)
            for layout in (((3, 3), 1), ((1, 7), 3), ((17, 1), 3))]
-half = [((2, 20, 5, 11), *layout, dtype) for layout in sorted(published) + [((3, 3), 1)]
-        for dtype in (torch.float16, torch.bfloat16)]
+types = itertools.cycle((torch.float16, torch.bfloat16))
+half = [((2, 20, 5, 11), *layout, next(types)) for layout in sorted(published) + [((3, 3), 1)]]
 small = [((1, 8, 1, 1), (3, 3), 1, torch.float32), ((0, 8, 5, 5), (1, 7), 3, torch.float32)]
 for shape, (rows, columns), dilation, dtype in precise + half + small:
     channels = shape[1]
@@ -132,7 +133,8 @@ def compare(model, sizes):
             largest = max(t.abs().max() for t in others)
             for one, other in zip(ones, others, strict=True):
                 assert (one - other).abs().max() <= 1e-4 * largest
-plain, backend = trained().train(), aot_autograd(fw_compiler=keep, bw_compiler=keep)
+arch = dict(embed_dims=[8, 16], depths=[1, 1], ffn_ratios=[4, 2])
+plain, backend = trained(arch=arch).train(), aot_autograd(fw_compiler=keep, bw_compiler=keep)
 with config.patch(decompose_custom_triton_ops=False):
     for dynamic, sizes in (False, [(32, 32)]), (True, [(32, 48), (48, 64)]):
         graphs.clear()
@@ -140,8 +142,8 @@ with config.patch(decompose_custom_triton_ops=False):
         model.compile(backend=backend, fullgraph=True, dynamic=dynamic)
         compare(model, sizes)
         forward, backward = graphs  # one of each, for all sizes
-        assert ours(forward) == 15 * ['lska_mm.depthwise.default']
-        assert ours(backward) == 15 * ['lska_mm.depthwise_backward.default']
+        assert ours(forward) == 10 * ['lska_mm.depthwise.default']
+        assert ours(backward) == 10 * ['lska_mm.depthwise_backward.default']
     graphs.clear()
     model = copy.deepcopy(plain)
     for branch in (model.block1[0].attn, model.block1[0].mlp):  # as CompileHook with SyncBN
