@@ -369,11 +369,6 @@ def check_config(path):
         assert build_optim_wrapper(MODELS.build(cfg.model), cfg.optim_wrapper)
 
 
-def test_the_config_in_the_readme_is_short():
-    ((_, config),) = [block for block in blocks('README.md', 'python') if block[0]]
-    assert len(config.splitlines()) <= 10
-
-
 def test_ratios_in_the_readme_are_those_of_the_tables():
     readme = (ROOT / 'README.md').read_text()
     rows = re.findall(r'^\|.+\| (\d\.\d\d) \| (\d\.\d\d) \|', readme, re.MULTILINE)

@@ -94,13 +94,6 @@ def test_demo_ends_with_its_aps_and_pictures(demo):
         assert min(height, width) > 400
 
 
-def test_demo_inherits_the_coco_config():
-    text = (ROOT / DEMO).read_text()
-    assert text.startswith(
-        "_base_ = '../configs/detection/mask-rcnn_lska-van-tiny_fpn_1x_coco.py'"
-    )
-
-
 def test_the_demos_detector_is_exported(demo, run, tmp_path):
     """Boxes, labels and masks as PyTorch has them, or a line that says what it takes."""
     config, checkpoint = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py', demo[0] / 'epoch_2.pth'

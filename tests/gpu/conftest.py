@@ -1,4 +1,4 @@
-"""What the checks of `make gpu` share; `make test` runs their bodies on a CPU, smaller."""
+"""What the checks of `make gpu` share; `make test` runs a case of each on a CPU, smaller."""
 
 import copy
 from pathlib import Path
