@@ -71,9 +71,8 @@ def demo(run, tmp_path_factory):
         'demo/run.sh',
         '--cfg-options',
         'train_dataloader.dataset.times=32',
-        'train_cfg.max_epochs=2',
-        'param_scheduler.0.end=4',
-        'optim_wrapper.optimizer.lr=1e-3',
+        'train_cfg.max_epochs=3',
+        'train_cfg.val_interval=3',
         'default_hooks.logger.interval=1',
         WORK_DIR=str(out),
     )
@@ -96,7 +95,7 @@ def test_demo_ends_with_its_aps_and_pictures(demo):
 
 def test_the_demos_detector_is_exported(demo, run, tmp_path):
     """Boxes, labels and masks as PyTorch has them, or a line that says what it takes."""
-    config, checkpoint = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py', demo[0] / 'epoch_2.pth'
+    config, checkpoint = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py', demo[0] / 'epoch_3.pth'
     tool = ('python', 'tools/deployment/export_onnx.py', config, checkpoint, tmp_path / 'out.onnx')
     if find_spec('mmdeploy') is None:
         assert 'which goes with the original stack' in run(*tool, code=1)
@@ -125,19 +124,19 @@ def test_resume_goes_on_where_it_stopped(demo, run, nuclei, tmp_path):
         '--resume',
         *shrink(
             nuclei,
-            'train_cfg.max_epochs=3',
+            'train_cfg.max_epochs=4',
             'train_dataloader.dataset.times=4',
             'train_dataloader.batch_size=4',
         ),
     )
-    assert 'resumed epoch: 2' in printed
-    assert 'Epoch(train) [3][1/1]' in printed
-    assert 'Epoch(train) [2]' not in printed
+    assert 'resumed epoch: 3' in printed
+    assert 'Epoch(train) [4][1/1]' in printed
+    assert 'Epoch(train) [3]' not in printed
 
 
 def test_test_dumps_and_draws(demo, run, tmp_path):
     out, printed = demo
-    checkpoint = out / 'epoch_2.pth'
+    checkpoint = out / 'epoch_3.pth'
     again = run(
         'python',
         'tools/test.py',
@@ -162,7 +161,7 @@ def test_test_dumps_and_draws(demo, run, tmp_path):
 
 def test_tta_of_masks_is_refused_as_mmdet_does(demo, run, tmp_path):
     out, _ = demo
-    command = ('python', 'tools/test.py', DEMO, out / 'epoch_2.pth', '--work-dir', tmp_path)
+    command = ('python', 'tools/test.py', DEMO, out / 'epoch_3.pth', '--work-dir', tmp_path)
     assert 'TTA of instance segmentation does not support now' in run(*command, '--tta', code=1)
 
 
