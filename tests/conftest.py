@@ -29,7 +29,7 @@ from reference.build_state import build_image, build_state
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')
-LONG = ('test_tools', 'test_tasks', 'test_docs', 'test_setups', 'test_training', 'test_deployment')
+LONG = ('test_docs', 'test_tasks', 'test_setups', 'test_tools', 'test_configs', 'test_kernels')
 
 
 def pytest_collection_modifyitems(items):
