@@ -72,7 +72,6 @@ def demo(run, tmp_path_factory):
         '--cfg-options',
         'train_dataloader.dataset.times=32',
         'train_cfg.max_epochs=3',
-        'train_cfg.val_interval=3',
         'default_hooks.logger.interval=1',
         WORK_DIR=str(out),
     )
