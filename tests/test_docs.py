@@ -257,6 +257,7 @@ SHAPES = ('airplane', 'bear', 'bicycle', 'bird', 'boat', 'bottle', 'car', 'cat',
 def project(coco, published_file, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp('project')
     copy_repository(folder)
+    run('python', 'setup.py', '--version', cwd=folder)  # makes .mim
     shutil.copytree(coco, folder / 'data/coco')
     shutil.copytree(coco, folder / 'data/pets')
     for path in (folder / 'data/pets').glob('annotations/*.json'):

@@ -98,10 +98,11 @@ def layout_of(x: Any) -> torch.memory_format:
 
 def _device(x: Any) -> Any:
     """Return the module for the device of ``x``; None if operators are hooked or traced."""
+    if is_compiling():
+        here = compiled.runs_here() and type(x) is Tensor and x.is_cuda
+        return compiled if here else None
     if torch.jit.is_tracing() or type(x) is not Tensor:
         return None
-    if is_compiling():
-        return compiled if x.is_cuda and compiled.runs_here() else None
     device: Any = cpu if x.is_cpu else gpu if x.is_cuda else None
     if (
         device is None
