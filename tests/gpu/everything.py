@@ -59,8 +59,8 @@ def machine(out):
     kept = mmcv.ops.nms(boxes.to(DEVICE), scores.to(DEVICE), 0.5)[1].tolist()
     known = dict(python=platform.python_version(), torch=torch.__version__, nms=kept)
     if GPU:
-        known.update(gpu=torch.cuda.get_device_name(), kernels=gpu.kernels.works(0))
-        known.update(numbers=gpu.large(0))
+        works = gpu.kernels is not None and gpu.kernels.works(0)
+        known.update(gpu=torch.cuda.get_device_name(), kernels=works, numbers=gpu.large(0))
     return known
 
 
