@@ -210,7 +210,8 @@ def python(tmp_path_factory):
     for _ in range(3):  # libraries race for their caches while they are imported
         process = subprocess.Popen(
             [sys.executable, script, folder / 'socket'], text=True, stdout=subprocess.PIPE,
-            env={'OMP_NUM_THREADS': '2', **os.environ},
+            # Otherwise asking for a GPU would keep the forks from using it.
+            env={'OMP_NUM_THREADS': '2', 'PYTORCH_NVML_BASED_CUDA_CHECK': '1', **os.environ},
         )  # fmt: skip
         if process.stdout.readline() == 'ready\n':
             break
