@@ -91,8 +91,9 @@ def enable_tta(cfg):
     *steps, pack = dataset.pipeline
     if toolbox(cfg) == 'mmdet':
         pack = dict(type='PackDetInputs', meta_keys=META_KEYS)
-    # mmseg compares with the labels of the first view.
-    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]  # as the toolboxes' tools
+    if toolbox(cfg) == 'mmseg':  # compares with the labels of the first view
+        flips.reverse()
     flipped = [*steps, dict(type='TestTimeAug', transforms=[flips, [pack]])]
     cfg.model = ConfigDict(**cfg.get('tta_model', TTA_MODEL[toolbox(cfg)]), module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = cfg.get('tta_pipeline', flipped)
