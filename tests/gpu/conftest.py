@@ -1,6 +1,7 @@
 """What the checks of `make gpu` share; `make test` runs a case of each on a CPU, smaller."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,18 @@ def assert_close_gradients(found, expected, tolerance):
         scale = max(gradient.abs().max(), 0.01 * largest)
         error = (found[name] - gradient).abs().max() / scale
         assert error <= tolerance, f'{name}: {error:.2g}'
+
+
+def last_metric(work_dir, name):
+    """The last value in MMEngine's log."""
+    [path] = work_dir.glob('*/vis_data/scalars.json')
+    values = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line[name] for line in values if name in line][-1]
+
+
+def take_training(cfg, demo):
+    """Let a config train from random weights on the data, and as long, as a config of the demo."""
+    parts = ('dataloader', 'evaluator', 'optim_wrapper', 'scheduler', 'train_cfg', 'hooks')
+    for key in filter(lambda key: key.endswith(parts), demo):
+        cfg[key] = demo[key]
+    cfg.model.backbone.init_cfg = None

@@ -11,6 +11,7 @@ run on its CPU, smaller: a rehearsal.
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import os
 import platform
@@ -37,7 +38,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-from benchmarking.gpu import Case, run
+from benchmarking.gpu import Case, Device, run
 from benchmarking.plain_lska_van import PlainLSKAVAN, plain_lska_van
 from lska_mm import LSKAVAN
 from lska_mm.fast import gpu
@@ -47,7 +48,7 @@ DEVICE = 'cuda' if GPU else 'cpu'
 SMALL = dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], ffn_ratios=[8, 8, 4, 4])
 ARCH = 'tiny' if GPU else SMALL
 COMPILER = {} if GPU else dict(backend='aot_eager')
-TURNS = 9 if GPU else 1
+WARM_UP, TURNS = (4, 9) if GPU else (1, 1)
 
 
 # --- Steps: each returns what goes into its line ----------------------------------------
@@ -82,7 +83,8 @@ def launches(out):
     for name, call in calls.items():
         for _ in range(20):
             call()
-        synchronize()
+        if GPU:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(100):
             call()
@@ -92,7 +94,7 @@ def launches(out):
 
 def convolutions(out):
     """Milliseconds on the GPU: depth-wise convolutions of tiny, forward and backward."""
-    found, size = {}, (2, 32, 200, 304) if GPU else (1, 8, 16, 16)
+    steps, size = {}, (2, 32, 200, 304) if GPU else (1, 8, 16, 16)
     for channels, kernel, dilation in ((1, (1, 5), 1), (1, (7, 1), 3), (8, (3, 3), 1)):
         batch, width, *rest = size
         x = torch.rand(batch, channels * width, *rest, device=DEVICE)
@@ -102,15 +104,14 @@ def convolutions(out):
         conv.to(DEVICE, torch.bfloat16)
         ways = dict(torch=conv)
         if GPU:
-            more = conv.weight, conv.bias, dilation
-            ways['triton'] = lambda x, more=more: gpu.kernels.convolve(x, *more)
+            ways['triton'] = functools.partial(
+                gpu.kernels.convolve, weight=conv.weight, bias=conv.bias, dilation=dilation
+            )
         for name, way in ways.items():
-            y = way(x)
-            grad = torch.ones_like(y)
-            key = f'{name}, {kernel[0]} x {kernel[1]}, {x.shape[1]} channels'
-            found[f'{key}, forward'] = on_gpu(lambda way=way, x=x: way(x))
-            found[f'{key}, backward'] = on_gpu(lambda y=y, grad=grad: y.backward(grad, True))
-    return found
+            key, y = f'{name}, {kernel[0]} x {kernel[1]}, {x.shape[1]} channels', way(x)
+            steps[f'{key}, forward'] = functools.partial(way, x)
+            steps[f'{key}, backward'] = functools.partial(y.backward, torch.ones_like(y), True)
+    return milliseconds(steps)
 
 
 def block(out):
@@ -171,21 +172,8 @@ def detectors(out):
     """Milliseconds of whole training steps in float16, two images of 800 x 1216."""
     found = {}
     for name in ('mask-rcnn', 'retinanet'):
-        steps = {}
-        for kind in ('plain', 'default', 'compiled', 'resnet50'):
-            steps[kind] = training_step(name, kind)
-        for step in steps.values():
-            for _ in range(4 if GPU else 1):
-                step()
-        times = {kind: [] for kind in steps}
-        for _ in range(TURNS):
-            for kind, step in steps.items():
-                synchronize()
-                start = time.perf_counter()
-                step()
-                synchronize()
-                times[kind].append(1e3 * (time.perf_counter() - start))
-        found.update({f'{name} {kind}': statistics.median(t) for kind, t in times.items()})
+        kinds = ('plain', 'default', 'compiled', 'resnet50')
+        found |= milliseconds({f'{name} {kind}': training_step(name, kind) for kind in kinds})
     return found
 
 
@@ -265,28 +253,16 @@ LIMITS = {name: limit for name, (limit, _) in STEPS.items()}
 # --- How they are run -------------------------------------------------------------------
 
 
-def synchronize():
-    """Wait for the GPU."""
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def on_gpu(step):
-    """Milliseconds of a step, the median of some."""
-    times = []
-    for _ in range(3 + TURNS):
-        if not GPU:
-            start = time.perf_counter()
+def milliseconds(steps):
+    """The median time of each step, in turns, by the benchmark's clock."""
+    device, times = Device(DEVICE), {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(WARM_UP):
             step()
-            times.append(1e3 * (time.perf_counter() - start))
-            continue
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
+    for _ in range(TURNS):
+        for name, step in steps.items():
+            times[name].append(device.milliseconds(step))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def fork(name, step, limit, out, log):

@@ -1,13 +1,14 @@
 """Detectors as users train and use them: by the tools, and mmdet's inference API."""
 
 import importlib
-import json
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
 from conftest import ROOT
+
+from .conftest import last_metric, take_training
 
 DEMO = ROOT / 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py'
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
@@ -40,10 +41,7 @@ def write(device, nuclei, tmp_path):
         cfg = Config.fromfile(DEMO)
         if name == 'retinanet':
             data, cfg = cfg, Config.fromfile(RETINANET)
-            parts = ('dataloader', 'evaluator', 'optim_wrapper', 'scheduler', 'train_cfg', 'hooks')
-            for key in filter(lambda key: key.endswith(parts), data):
-                cfg[key] = data[key]
-            cfg.model.backbone.init_cfg = None
+            take_training(cfg, data)
             cfg.model.bbox_head.num_classes = 1
             cfg.val_evaluator.metric = cfg.test_evaluator.metric = 'bbox'
         cfg.train_dataloader.dataset.dataset.data_root = f'{nuclei}/coco/'
@@ -62,13 +60,6 @@ def write(device, nuclei, tmp_path):
     return _write
 
 
-def last(work_dir, name):
-    """The last value in MMEngine's log."""
-    [path] = Path(work_dir).glob('*/vis_data/scalars.json')
-    values = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line[name] for line in values if name in line][-1]
-
-
 @pytest.mark.parametrize(
     ('name', 'hooks'),
     [
@@ -83,7 +74,7 @@ def test_detector(device, write, run, nuclei, tmp_path, name, hooks):
     config, work_dir = write(name, *hooks), tmp_path / 'work'
     amp = ['--amp'] if device.type == 'cuda' else []
     run('python', 'tools/train.py', config, '--work-dir', work_dir, *amp)
-    ap = last(work_dir, 'coco/bbox_mAP')
+    ap = last_metric(work_dir, 'coco/bbox_mAP')
     print(f'{name}, {"compiled" if hooks else "eager"}, {device}: AP {ap:.3f}')
     assert device.type == 'cpu' or ap >= LEAST_AP[name]
     checkpoint = (work_dir / 'last_checkpoint').read_text()

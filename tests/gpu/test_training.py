@@ -1,13 +1,13 @@
 """Trainings through the Runner, as they are started by hand, and the memory of a step."""
 
-import json
-
 import pytest
 import torch
 from mmengine.config import Config
 
 from conftest import ROOT, load_tool
 from lska_mm import LSKAVAN
+
+from .conftest import last_metric, take_training
 
 counting = load_tool('tools/analysis_tools/counting.py')
 plain_lska_van = load_tool('.dev_scripts/benchmarking/plain_lska_van.py').plain_lska_van
@@ -25,13 +25,6 @@ ON_CPU = {  # mixed precision is for GPUs there, and the compiler takes minutes
     'bfloat16': '',
     'compile': "compile = dict(backend='aot_eager')",
 }
-
-
-def last_metric(work_dir, name):
-    """The last value in MMEngine's log."""
-    [path] = work_dir.glob('*/vis_data/scalars.json')
-    values = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line[name] for line in values if name in line][-1]
 
 
 @pytest.mark.parametrize('how', DIGITS)
@@ -64,10 +57,7 @@ def test_segmentor_with_sync_bn(device, run, nuclei, tmp_path, head):
         data, cfg = cfg, Config.fromfile(
             ROOT / 'configs/segmentation/lska-van-tiny_upernet_8xb2-160k_ade20k-512x512.py'
         )  # fmt: skip
-        parts = ('dataloader', 'evaluator', 'optim_wrapper', 'scheduler', 'train_cfg', 'hooks')
-        for key in filter(lambda key: key.endswith(parts), data):
-            cfg[key] = data[key]
-        cfg.model.backbone.init_cfg = None
+        take_training(cfg, data)
         cfg.model.data_preprocessor.size = data.model.data_preprocessor.size
         for part in (cfg.model.decode_head, cfg.model.auxiliary_head):
             part.num_classes = data.model.decode_head.num_classes
