@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from . import gpu
 from .gpu import weights_like as weights_like
@@ -33,10 +32,11 @@ def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
     return getattr(_WAY, kind) if gpu.in_channels_last(x) and gpu.has_kernels(x) else None
 
 
-def _depthwise(conv: Any, x: Tensor) -> Tensor:
-    if gpu.has_kernel(conv):
-        return gpu.kernels.convolve_in_graph(x, conv.weight, conv.bias, conv.dilation[0])
-    return conv(x)
+class _Compiled(Way):
+    def depthwise(self, conv: Any, x: Tensor) -> Tensor:
+        if gpu.has_kernel(conv):
+            return gpu.kernels.convolve_in_graph(x, conv.weight, conv.bias, conv.dilation[0])
+        return conv(x)
 
 
-_WAY = Way(_depthwise, gpu.plain, lambda conv, x: conv(F.gelu(x)))
+_WAY = _Compiled()

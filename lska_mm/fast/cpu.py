@@ -31,18 +31,15 @@ def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
 
 def find(kind: str, x: Tensor) -> Callable[[Any, Tensor], Tensor] | None:
     """Return a function of a module of ``kind`` and a map that keeps the map's layout; or None."""
-    function: Any
     if torch.is_grad_enabled():
-        function = getattr(_TRAINING, kind)
-    elif (
+        return functools.partial(_in_channels_last, getattr(_TRAINING, kind))
+    if (
         torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
         and min(x.shape[1], x.shape[2] * x.shape[3]) > 1  # oneDNN has no layout for others
     ):
-        function = _INFERENCE[kind]
-    else:
-        return None
-    return functools.partial(_in_channels_last, function)
+        return functools.partial(_in_channels_last, getattr(_INFERENCE, kind))
+    return None
 
 
 def _in_channels_last(function: Callable, module: Any, x: Tensor) -> Tensor:
@@ -51,36 +48,47 @@ def _in_channels_last(function: Callable, module: Any, x: Tensor) -> Tensor:
     return out if last is x else out.contiguous()
 
 
-_TRAINING = Way(gradients.depthwise, gradients.conv1x1, gradients.conv_of_gelu)
+class _Training(Way):
+    depthwise = staticmethod(gradients.depthwise)
+    conv1x1 = staticmethod(gradients.conv1x1)
+    conv_of_gelu = staticmethod(gradients.conv_of_gelu)
 
 
-# --- Inference: activations, products and sums inside oneDNN's convolutions ----------------
+class _Inference(Way):
+    """Activations, products and sums inside oneDNN's convolutions, with the weights as stored."""
 
+    def depthwise(self, conv: Any, x: Tensor) -> Tensor:
+        """Dilated rows as columns, see `gradients.depthwise`."""
+        (height, width), (dilation, _) = conv.kernel_size, conv.dilation
+        if height > 1 or dilation == 1:
+            return self._convolve(conv, x)
+        maps = as_columns(x)
+        padding, groups = (dilation * (width // 2), 0), x.shape[1]
+        weight = self._weight(conv, maps, transposed=True)
+        out = torch.ops.mkldnn._convolution_pointwise(
+            maps, weight, conv.bias, padding, (1, 1), (dilation, 1), groups, 'none', [], 'none'
+        )
+        return as_rows(out, x)
 
-class _Inference:
-    """Functions of a module and a map in channels_last, with the weights as stored."""
+    def conv1x1(self, conv: Any, x: Tensor) -> Tensor:
+        return self._convolve(conv, x)
 
-    def gate(self, gate: Any, x: Tensor) -> Tensor:
-        """``x * conv1(depthwise(x))``."""
-        *convs, last = gate
-        out = x
-        for conv in convs:
-            out = self._depthwise(conv, out)
-        return self._convolve(last, out, 'none').mul_(x)
+    def gelu_of_conv(self, conv: Any, x: Tensor) -> Tensor:
+        return self._convolve(conv, x, 'gelu')
 
-    def gated(self, branch: Any, x: Tensor) -> Tensor:
-        """All but the last convolution of `attention`."""
-        return self.gate(branch.spatial_gating_unit, self._convolve(branch.proj_1, x, 'gelu'))
+    def plus_conv(self, summand: Tensor, conv: Any, x: Tensor, inputs: slice = ALL) -> Tensor:
+        arguments = self._arguments(conv, x, inputs=inputs)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, summand, *arguments, 'add', 1.0, None, [], None
+        )
 
-    def attention(self, branch: Any, x: Tensor) -> Tensor:
-        """``x + proj_2(gate(gelu(proj_1(x))))``."""
-        return self._convolve_and_add(branch.proj_2, self.gated(branch, x), x)
+    def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
+        return factor.mul_(x)
 
-    def mlp(self, branch: Any, x: Tensor, add: bool = False) -> Tensor:
-        """``fc2(gelu(dwconv(fc1(x))))``; with ``add`` plus ``x``, whose memory it may reuse.
+    def mlp(self, branch: Any, x: Tensor, summand: Tensor | None = None) -> Tensor:
+        """The hidden map is several times as wide as ``x``.
 
-        The hidden map is several times as wide as ``x``. If it is large, it is computed
-        in groups of channels that fit in the processor's cache.
+        If it is large, it is computed in groups of channels that fit in the processor's cache.
         """
         fc1, dwconv, fc2 = branch.fc1, branch.dwconv, branch.fc2
         channels, pixels = len(dwconv.weight), _pixels(x)
@@ -91,16 +99,15 @@ class _Inference:
             hidden = self._convolve(fc1, x, 'none', part)
             hidden = self._convolve(dwconv, hidden, 'gelu', part)
             if out is not None:
-                self._convolve_into(fc2, hidden, out, part, with_bias=False)
-            elif not add:
-                out = self._convolve(fc2, hidden, 'none', inputs=part)
-            elif width < channels:  # the other groups need x
-                out = self._convolve_and_add(fc2, hidden, x, part)
+                self._convolve_into(out, fc2, hidden, part, with_bias=False)
+            elif summand is None:
+                out = self._convolve(fc2, hidden, inputs=part)
             else:
-                out = self._convolve_into(fc2, hidden, x)
+                out = self.plus_conv(summand, fc2, hidden, part)
         return out
 
-    # One convolution
+    def deployed(self, block: Any, x: Tensor) -> Tensor:
+        return Way.deployed(block.__dict__.setdefault('_packed', _Packed()), block, x)
 
     def _weight(self, conv: Any, x: Tensor, transposed: bool = False) -> Tensor:
         """The weight of a convolution of ``x``, or its transpose."""
@@ -115,45 +122,24 @@ class _Inference:
         return weight, bias, conv.padding, (1, 1), conv.dilation, groups
 
     def _convolve(
-        self, conv: Any, x: Tensor, activation: str, outputs: slice = ALL, inputs: slice = ALL
-    ) -> Tensor:
+        self, conv: Any, x: Tensor, activation: str = 'none', outputs: slice = ALL,
+        inputs: slice = ALL,
+    ) -> Tensor:  # fmt: skip
         """A convolution, and an activation."""
         arguments = self._arguments(conv, x, outputs, inputs)
         return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], 'none')
 
-    def _convolve_and_add(
-        self, conv: Any, x: Tensor, summand: Tensor, inputs: slice = ALL
-    ) -> Tensor:
-        """A 1 x 1 convolution plus a map."""
-        arguments = self._arguments(conv, x, inputs=inputs)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, summand, *arguments, 'add', 1.0, None, [], None
-        )
-
     def _convolve_into(
-        self, conv: Any, x: Tensor, summand: Tensor, inputs: slice = ALL, with_bias: bool = True
+        self, out: Tensor, conv: Any, x: Tensor, inputs: slice = ALL, with_bias: bool = True
     ) -> Tensor:
-        """A 1 x 1 convolution plus a map, in the memory of the map."""
+        """Add a convolution to a map, in its memory."""
         weight, bias, *rest = self._arguments(conv, x, inputs=inputs)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            summand, x, weight, bias if with_bias else None, *rest, 'add', 1.0, None, [], None
+            out, x, weight, bias if with_bias else None, *rest, 'add', 1.0, None, [], None
         )
 
-    def _depthwise(self, conv: Any, x: Tensor) -> Tensor:
-        """A depth-wise convolution; dilated rows as columns, see `gradients.depthwise`."""
-        (height, width), (dilation, _) = conv.kernel_size, conv.dilation
-        if height > 1 or dilation == 1:
-            return self._convolve(conv, x, 'none')
-        maps = as_columns(x)
-        padding, groups = (dilation * (width // 2), 0), x.shape[1]
-        weight = self._weight(conv, maps, transposed=True)
-        out = torch.ops.mkldnn._convolution_pointwise(
-            maps, weight, conv.bias, padding, (1, 1), (dilation, 1), groups, 'none', [], 'none'
-        )
-        return as_rows(out, x)
 
-
-class _Deployed(_Inference, dict):
+class _Packed(_Inference, dict):
     """The same with weights that are kept in oneDNN's own memory layout.
 
     Otherwise oneDNN converts the weights in every call, which for small maps takes as long
@@ -163,13 +149,12 @@ class _Deployed(_Inference, dict):
     """
 
     def __reduce__(self):  # copies start empty
-        return _Deployed, ()
+        return _Packed, ()
 
-    def block(self, block: Any, x: Tensor) -> Tensor:
-        """What `FusedBlock` computes."""
-        out = x * block.shortcut
-        out = self._convolve_into(block.attn.proj_2, self.gated(block.attn, x), out)
-        return self.mlp(block.mlp, out, add=True)
+    def plus_conv(self, summand: Tensor, conv: Any, x: Tensor, inputs: slice = ALL) -> Tensor:
+        if inputs is not ALL:  # the other groups of channels need the summand
+            return super().plus_conv(summand, conv, x, inputs)
+        return self._convolve_into(summand, conv, x)
 
     def _weight(self, conv: Any, x: Tensor, transposed: bool = False) -> Tensor:
         weight = conv.weight
@@ -191,9 +176,4 @@ class _Deployed(_Inference, dict):
         return found[2]
 
 
-def _deployed(block: Any, x: Tensor) -> Tensor:
-    return block.__dict__.setdefault('_packed', _Deployed()).block(block, x)
-
-
-_PLAIN = _Inference()
-_INFERENCE = dict(gate=_PLAIN.gate, attention=_PLAIN.attention, mlp=_PLAIN.mlp, deployed=_deployed)
+_TRAINING, _INFERENCE = _Training(), _Inference()

@@ -97,22 +97,25 @@ def _seconds(x: Tensor) -> float:
 # --- Ways -------------------------------------------------------------------------------
 
 
-def plain(conv: Any, x: Tensor) -> Tensor:
-    return conv(x)
+class _WithKernels(Way):
+    """Depth-wise convolutions in Triton, and the gradients of `gradients`."""
+
+    def depthwise(self, conv: Any, x: Tensor) -> Tensor:
+        if has_kernel(conv):
+            return kernels.convolve(x, conv.weight, conv.bias, conv.dilation[0])
+        return conv(x)
+
+    def conv1x1(self, conv: Any, x: Tensor) -> Tensor:
+        if _is_product(x):
+            return linear(x, conv.weight, conv.bias)
+        return gradients.conv1x1(conv, x)
+
+    def conv_of_gelu(self, conv: Any, x: Tensor) -> Tensor:
+        return gradients.conv_of_gelu(conv, x, _is_product(x))
 
 
-def _depthwise(conv: Any, x: Tensor) -> Tensor:
-    if has_kernel(conv):
-        return kernels.convolve(x, conv.weight, conv.bias, conv.dilation[0])
-    return conv(x)
-
-
-def _conv1x1(conv: Any, x: Tensor) -> Tensor:
-    return linear(x, conv.weight, conv.bias) if _is_product(x) else gradients.conv1x1(conv, x)
-
-
-def _conv_of_gelu(conv: Any, x: Tensor) -> Tensor:
-    return gradients.conv_of_gelu(conv, x, _is_product(x))
+class _OfNCHW(Way):
+    conv_of_gelu = staticmethod(gradients.conv_of_gelu)
 
 
 def _is_product(x: Tensor) -> bool:
@@ -120,5 +123,4 @@ def _is_product(x: Tensor) -> bool:
     return x.dtype != torch.float32 or torch.is_autocast_enabled()
 
 
-_WITH_KERNELS = Way(_depthwise, _conv1x1, _conv_of_gelu)
-_OF_NCHW = Way(plain, plain, gradients.conv_of_gelu)
+_WITH_KERNELS, _OF_NCHW = _WithKernels(), _OfNCHW()
