@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import gpu
-from .gpu import weights_like as weights_like
 from .way import Way
 
 # Torch 2.6 and later have Triton operators, and distinguish compiling from exporting.

@@ -19,11 +19,6 @@ def _pixels(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def weights_like(x: Tensor) -> tuple:
-    """Return the device and the dtypes that weights must have."""
-    return x.is_cpu, x.get_device(), (x.dtype,)
-
-
 def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
     """Tell whether a backbone is faster with maps in channels_last."""
     return True

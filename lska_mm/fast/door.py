@@ -74,7 +74,8 @@ def fast_path(module: nn.Module, x: Any) -> Callable[[Tensor], Tensor] | None:
         return None
     kind = _KINDS[type(module)][0]
     function = device.find(kind, x)
-    if function is None or not _out_channels(module, kind, device.weights_like(x), x.shape[1]):
+    dtypes = gpu.TYPES if x.is_cuda and torch.is_autocast_enabled() else (x.dtype,)
+    if function is None or not _out_channels(module, kind, (x.device, dtypes), x.shape[1]):
         return None
     return functools.partial(function, module)
 
@@ -179,13 +180,12 @@ def _out_channels_of_conv(state: dict, kind: str, like: tuple, channels: int) ->
     if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
         return 0
     (out, inputs, height, width), dilation = weight.shape, state['dilation']
-    is_cpu, device, dtypes = like
+    device, dtypes = like
     if (
         state['padding'] != (dilation[0] * (height // 2), dilation[1] * (width // 2))
         or state['stride'] != (1, 1)
         or state['padding_mode'] != 'zeros'
-        or not weight.is_cpu == bias.is_cpu == is_cpu
-        or not weight.get_device() == bias.get_device() == device
+        or not weight.device == bias.device == device
         or weight.dtype not in dtypes
         or bias.dtype is not weight.dtype
         or not weight.is_contiguous()

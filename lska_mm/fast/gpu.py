@@ -24,11 +24,6 @@ if torch.version.cuda and hasattr(torch, 'get_autocast_dtype') and torch.cuda.is
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def weights_like(x: Tensor) -> tuple:
-    """Return the device and the dtypes that weights must have."""
-    return x.is_cpu, x.get_device(), TYPES if torch.is_autocast_enabled() else (x.dtype,)
-
-
 def prefers_channels_last(x: Tensor, backbone: nn.Module) -> bool:
     """Tell whether a backbone is faster with maps in channels_last."""
     return has_kernels(x) and x.numel() >= large(x.get_device()) and not wants_nchw(backbone)

@@ -22,7 +22,7 @@ def conv1x1(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def conv_of_gelu(conv: nn.Conv2d, x: Tensor, as_product: bool = False) -> Tensor:
     """A 1 x 1 convolution of GELU(x); only ``x`` is kept for the backward pass."""
-    return _ConvOfGELU.apply(x, conv.weight, conv.bias, as_product)
+    return _ConvOfGELU.apply(x, _InOwnStrides.apply(conv.weight), conv.bias, as_product)
 
 
 def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -59,12 +59,6 @@ def as_rows(columns: Tensor, x: Tensor) -> Tensor:
     return columns.permute(0, 2, 3, 1).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def _with_strides(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A gradient with the strides of its weight, where only dimensions of size 1 differ."""
-    same = all(n == 1 or a == b for n, a, b in zip(grad.shape, grad.stride(), strides))
-    return grad.as_strided(grad.shape, strides) if same else grad
-
-
 class _InOwnStrides(torch.autograd.Function):
     """A weight whose gradient has its strides, as DistributedDataParallel expects.
 
@@ -78,7 +72,8 @@ class _InOwnStrides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _with_strides(grad, ctx.strides)
+        same = all(n == 1 or a == b for n, a, b in zip(grad.shape, grad.stride(), ctx.strides))
+        return grad.as_strided(grad.shape, ctx.strides) if same else grad
 
 
 class _ConvOfGELU(torch.autograd.Function):
@@ -107,8 +102,6 @@ class _ConvOfGELU(torch.autograd.Function):
                 grad, activated, factor, [len(weight)], (1, 1), (0, 0), (1, 1), False, (0, 0), 1,
                 (True, trained, trained),
             )  # fmt: skip
-        if grad_weight is not None:
-            grad_weight = _with_strides(grad_weight, weight.stride())
         above, x = (t.permute(0, 2, 3, 1) for t in (above, x))  # dense memory, see `gelu`
         grad_x = torch.ops.aten.gelu_backward(above, x).permute(0, 3, 1, 2)
         return grad_x, grad_weight, grad_bias, None
@@ -141,8 +134,6 @@ class _DilatedColumns(torch.autograd.Function):
                 _widen(grad, ctx.dilation), _widen(x, ctx.dilation), weight, [channels],
                 (1, 1), (size // 2, 0), (1, 1), False, (0, 0), channels, mask,
             )  # fmt: skip
-        if grad_weight is not None:
-            grad_weight = _with_strides(grad_weight, weight.stride())
         return grad_x, grad_weight, grad_bias, None
 
 

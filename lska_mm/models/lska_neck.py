@@ -6,7 +6,7 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..fast.door import fast_path, layout_of, preferred_layout
+from ..fast.door import layout_of, preferred_layout
 from .lska import Attention, check_channels
 
 
@@ -60,5 +60,5 @@ class LSKANeck(BaseModule):
             check_channels(x, self.in_channels[i], f'Block {i} of LSKANeck')
             layout = layout_of(x)
             x = x.contiguous(memory_format=preferred_layout(x, self))
-            outs.append((fast_path(block, x) or block)(x).contiguous(memory_format=layout))
+            outs.append(block(x).contiguous(memory_format=layout))
         return tuple(outs)
