@@ -13,8 +13,9 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmark import build, keep_heap
+from benchmark import build
 from benchmarking.steps import make_step
+from benchmarking.timing import keep_heap
 from lska_mm.cli import size
 
 REPEATS = 3
