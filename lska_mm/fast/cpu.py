@@ -54,7 +54,7 @@ class _Inference(Way):
 
     def depthwise(self, conv: Any, x: Tensor) -> Tensor:
         """Dilated rows as columns, see `gradients.depthwise`."""
-        (height, width), (dilation, _) = conv.kernel_size, conv.dilation
+        (height, width), (dilation, _) = conv.weight.shape[2:], conv.dilation
         if height > 1 or dilation == 1:
             return self._convolve(conv, x)
         maps = as_columns(x)

@@ -123,8 +123,9 @@ def _device(x: Any) -> Any:
 def _methods() -> tuple:
     """Return the functions that the plain operators call, which others may replace."""
     return (
-        nn.Module.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.GELU.forward,
-        nn.Dropout.forward, F.conv2d, F.gelu,
+        nn.Module._call_impl, nn.Conv2d.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward,
+        nn.GELU.__call__, nn.GELU.forward, nn.Dropout.__call__, nn.Dropout.forward,
+        F.conv2d, F.gelu, F.dropout,
     )  # fmt: skip
 
 
@@ -189,6 +190,7 @@ def _out_channels_of_conv(state: dict, kind: str, like: tuple, channels: int) ->
         or weight.dtype not in dtypes
         or bias.dtype is not weight.dtype
         or not weight.is_contiguous()
+        or not bias.is_contiguous()
         or bias.shape != (out,)
     ):
         return 0

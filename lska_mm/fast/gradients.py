@@ -32,7 +32,7 @@ def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     as B * H maps of W x 1, so a view turns rows into columns. oneDNN is slow for rows.
     """
     weight, bias, dilation = _InOwnStrides.apply(conv.weight), conv.bias, conv.dilation[0]
-    height, width = conv.kernel_size
+    height, width = weight.shape[2:]
     if min(height, width) > 1:
         return F.conv2d(x, weight, bias, 1, conv.padding, dilation, conv.groups)
     if height > 1:
@@ -122,6 +122,7 @@ class _DilatedColumns(torch.autograd.Function):
         return _columns(x, weight, bias, dilation)
 
     @staticmethod
+    @torch.autocast('cpu', enabled=False)  # as in the forward pass
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         channels, _, size, _ = weight.shape
