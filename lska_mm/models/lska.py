@@ -9,7 +9,6 @@ into 1-D ones. Module names are those in the authors' weights.
 from collections import OrderedDict
 from typing import NamedTuple
 
-import torch
 from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -94,18 +93,6 @@ def depthwise_conv(channels: int, kernel: tuple[int, int], dilation: int = 1) ->
     return nn.Conv2d(channels, channels, kernel, 1, padding, dilation, channels)
 
 
-def check_channels(x: Tensor, expected: int, whose: str) -> None:
-    """Refuse a map (B, C, H, W) with another number of channels.
-
-    Raises:
-        ValueError: Names both numbers.
-    """
-    if isinstance(x, Tensor) and not torch.jit.is_tracing() and x.shape[1] != expected:
-        raise ValueError(
-            f'{whose} expects in_channels={expected}, the map has {x.shape[1]} channels.'
-        )
-
-
 @MODELS.register_module()
 @has_fast_path('gate')
 class LSKA(Sequential):
@@ -124,7 +111,7 @@ class LSKA(Sequential):
         init_cfg: Initialization, in MMEngine's form.
 
     Raises:
-        ValueError: See `kernel_layout`; if a map has other than ``in_channels``.
+        ValueError: See `kernel_layout`.
     """
 
     _abbr_ = 'lska'  # the plugin's name in a block, and in checkpoints
@@ -147,7 +134,6 @@ class LSKA(Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x``: (B, C, H, W) to (B, C, H, W)."""
-        check_channels(x, self.in_channels, 'LSKA')
         return x * super().forward(x)
 
 

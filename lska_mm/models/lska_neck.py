@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..fast.door import layout_of, preferred_layout
-from .lska import Attention, check_channels
+from .lska import Attention
 
 
 @MODELS.register_module()
@@ -56,8 +56,7 @@ class LSKANeck(BaseModule):
         if len(inputs) != self.num_outs:
             raise ValueError(f'LSKANeck expects num_outs={self.num_outs} maps, got {len(inputs)}.')
         outs = []
-        for i, (x, block) in enumerate(zip(inputs, self.blocks)):
-            check_channels(x, self.in_channels[i], f'Block {i} of LSKANeck')
+        for x, block in zip(inputs, self.blocks):
             layout = layout_of(x)
             x = x.contiguous(memory_format=preferred_layout(x, self))
             outs.append(block(x).contiguous(memory_format=layout))

@@ -106,7 +106,7 @@ def test_equals_the_dense_convolution_of_the_outer_product(k):
 def test_another_number_of_channels_is_an_error(grad):
     with (
         torch.set_grad_enabled(grad),
-        pytest.raises(ValueError, match='LSKA expects in_channels=8, the map has 16 channels'),
+        pytest.raises(RuntimeError, match='to have 8 channels, but got 16 channels'),
     ):
         LSKA(8)(torch.rand(1, 16, 5, 7))
 

@@ -48,13 +48,15 @@ def test_every_parameter_gets_a_gradient():
         (dict(kernel_size=24), None, '23 and 29'),
         (dict(attention='SE'), None, "attention='SE' is unknown"),
         ({}, maps()[:2], 'expects num_outs=3 maps, got 2'),
-        (
-            {},
-            maps((8, 16, 8)),
-            'Block 1 of LSKANeck expects in_channels=8, the map has 16 channels',
-        ),
     ],
 )
 def test_errors(kwargs, inputs, message):
     with pytest.raises(ValueError, match=message):
         LSKANeck(**{'in_channels': 8, 'num_outs': 3, **kwargs})(inputs)
+
+
+def test_hooks_of_its_blocks_are_called():
+    neck = LSKANeck(8, 3, 11)
+    neck.blocks[1].register_forward_hook(lambda block, inputs, out: out * 0)
+    with torch.no_grad():
+        assert [bool(out.any()) for out in neck(maps())] == [True, False, True]
