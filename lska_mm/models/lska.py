@@ -31,12 +31,6 @@ class KernelSplit(NamedTuple):
         return self.local + self.dilation * (self.far - 1)
 
 
-def _split(kernel_size: int) -> KernelSplit | None:
-    dilation = 2 if kernel_size <= 11 else 3
-    split = KernelSplit(2 * dilation - 1, kernel_size // dilation, dilation)
-    return split if split.far % 2 == 1 and split.kernel_size == kernel_size > 0 else None
-
-
 def split_kernel(kernel_size: int) -> KernelSplit:
     """Split a kernel into a local and a far part that together cover exactly its size.
 
@@ -47,9 +41,10 @@ def split_kernel(kernel_size: int) -> KernelSplit:
     """
     if not isinstance(kernel_size, int):
         raise ValueError(f'kernel_size={kernel_size!r} is not an integer.')
-    split = _split(kernel_size)
-    if split is None:
-        valid = [k for k in range(7, max(kernel_size, 7) + 7) if _split(k)]
+    dilation = 2 if kernel_size <= 11 else 3
+    split = KernelSplit(2 * dilation - 1, kernel_size // dilation, dilation)
+    if kernel_size <= 0 or split.far % 2 == 0 or split.kernel_size != kernel_size:
+        valid = [7, *range(11, kernel_size + 7, 6)]  # by two taps more, 3 pixels apart
         nearest = [k for k in valid if k < kernel_size][-1:]
         nearest += [k for k in valid if k > kernel_size][:1]
         raise ValueError(
