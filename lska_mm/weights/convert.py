@@ -2,20 +2,16 @@
 
 import hashlib
 import io
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS
-from torch import nn
 
 from .loader import find_checkpoint, load_from_local
-from .match import PUBLISHED, compare, first_stages, read_state, signature
-from .names import CheckpointError, get_state_dict
+from .match import read_state, signature
+from .names import get_state_dict
 
 State = dict[str, Any]
 
@@ -35,15 +31,17 @@ def convert(
     """
     content = load_from_local(find_checkpoint(source), 'cpu')
     tensors = get_state_dict(content)
-    state = read_whole(tensors, source)
+    state, _ = read_state(tensors, source)
     print(f'found {signature(state)}, {len(state)} tensors')
-    others = {} if content is tensors else {k: v for k, v in content.items() if v is not tensors}
-    meta = others.pop('meta', None)
+    wrapper = {} if content is tensors else content
+    meta = wrapper.get('meta')
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     converted, lines = transform(state, meta)
-    cfg = [f'meta.{key}' for key in ('cfg',) if meta.pop(key, None)]
+    left = sorted(str(key) for key in wrapper.keys() - {'state_dict', 'meta'})
+    if meta.pop('cfg', None):
+        left.append('meta.cfg')
     buffer = io.BytesIO()
-    torch.save(dict(state_dict=converted, **(dict(meta=meta) if meta else {})), buffer)
+    torch.save(dict(state_dict=converted, meta=meta), buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:8]
     written = target.with_name(f'{target.stem}-{digest}.pth')
     if written.exists() and written.samefile(source):
@@ -51,45 +49,9 @@ def convert(
     with written_beside(written) as part:
         part.write_bytes(buffer.getbuffer())
     print('\n'.join([*lines, f'now {signature(converted)}']))
-    if others or cfg:
-        left = ', '.join([*sorted(map(str, others)), *cfg])
-        print(f'left out, as it belongs to the old weights: {left}')
+    if left:
+        print(f'left out, as it belongs to the old weights: {", ".join(left)}')
     print(f'written to {written}')
-
-
-def read_whole(state_dict: Mapping[str, Any], source: str) -> State:
-    """Return tensors under this package's names, if they are a complete LSKA-VAN.
-
-    Its norms may be of any kind, with the same tensors in all blocks and stages. There may
-    be tensors of a subclass's own modules.
-
-    Raises:
-        CheckpointError: If there is no LSKA-VAN among them, or only a part of one; if shapes
-            do not fit each other; if a tensor has NaN or infinity.
-    """
-    state, description = read_state(state_dict, source)
-    van = first_stages(state, len(state))
-    found = {key: value for key, value in van.items() if PUBLISHED.fullmatch(key)}
-    try:
-        with torch.device('meta'):
-            backbone = MODELS.build(dict(type='LSKAVAN', **description, out_indices=[-1]))
-    except ValueError as error:  # kernel sizes that no gate has
-        raise CheckpointError(f'{source} holds no LSKA-VAN: {error}') from None
-    norms = {name: norm.weight for name, norm in backbone.named_modules()
-             if isinstance(norm, (nn.BatchNorm2d, nn.LayerNorm))}  # fmt: skip
-    expected = {key: value for key, value in backbone.state_dict().items()
-                if key.rpartition('.')[0] not in norms}  # fmt: skip
-    kinds = defaultdict(set)  # the tensors that norms have in the file
-    for key in found:
-        kinds[re.sub(r'\d', '', key.rpartition('.')[0])].add(key.rpartition('.')[2])
-    for norm, like in norms.items():
-        for name in sorted(kinds[re.sub(r'\d', '', norm)]):
-            value = found.get(f'{norm}.{name}')
-            expected[f'{norm}.{name}'] = value if getattr(value, 'ndim', 1) != 1 else like
-    problem = compare(found, expected)
-    if problem:
-        raise CheckpointError(f'{source} holds no complete {signature(state)}: {problem}.')
-    return state
 
 
 @contextmanager

@@ -6,9 +6,12 @@ weights and a warning, which `adapt_state_dict` turns into an error.
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..models.archs import ARCHS
@@ -16,7 +19,7 @@ from .names import CheckpointError, convert_key, convert_state_dict, from_file
 
 _VAN = re.compile(r'(?:backbone\.)?((?:patch_embed|block|norm)(\d+)\..+)')
 # Names that every VAN has, and no subclass adds.
-PUBLISHED = re.compile(
+_PUBLISHED = re.compile(
     r'(norm\d+|patch_embed\d+\.(proj|norm)|block\d+\.\d+\.(norm[12]|layer_scale_[12]|shortcut|'
     r'attn\.(proj_[12]|spatial_gating_unit\.\w+)|mlp\.(fc[12]|dwconv)))(\.[^.]+)?'
 )
@@ -79,11 +82,12 @@ def _read_gate(shapes: Mapping[str, tuple], blocks: str) -> tuple[str, int] | No
     return attention, local + (local + 1) // 2 * (far[0] - 1)
 
 
-def signature(state_dict: Mapping[str, Any]) -> str | None:
+def signature(state_dict: Mapping[str, Any]) -> str:
     """Return the call that builds the network of these tensors, except for its norms."""
     description = describe(state_dict)
     if description is None:
-        return None
+        names = ', '.join(list(state_dict)[:3]) or 'none'
+        return f'no LSKA-VAN ({len(state_dict)} tensors, first: {names})'
     arch, stages = description['arch'], len(description['arch']['depths'])
     for name, known in ARCHS.items():  # or only its first stages
         if arch == {key: values[:stages] for key, values in known.items()}:
@@ -92,28 +96,43 @@ def signature(state_dict: Mapping[str, Any]) -> str | None:
     return f'LSKAVAN({", ".join(f"{key}={value!r}" for key, value in description.items())})'
 
 
-def summarize(state_dict: Mapping[str, Any]) -> str:
-    """Describe in words which backbone and other parts tensors are of."""
-    parts = {convert_key(key).split('.')[0] for key in state_dict}
-    named = [signature(state_dict) or part if part == 'backbone' else part for part in parts]
-    return ', '.join(sorted(named)) or 'no tensors'
-
-
 def read_state(
     state_dict: Mapping[str, Any], source: str = 'The file'
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tensors under this package's names, and what `describe` says of them.
+    """Return tensors under this package's names, and what `describe` says of them.
+
+    The norms may be of any kind, with the same tensors in all blocks and stages. There may
+    be tensors of a subclass's own modules.
 
     Raises:
-        CheckpointError: If there is no LSKA-VAN among them.
+        CheckpointError: If there is no LSKA-VAN among them, or only a part of one; if shapes
+            do not fit each other; if a tensor has NaN or infinity.
     """
     state = convert_state_dict(state_dict, source)
     description = describe(state)
     if description is None:
-        names = ', '.join(list(state)[:3]) or 'none'
-        raise CheckpointError(
-            f'{source} holds no LSKA-VAN ({len(state)} tensors, first: {names}).'
-        )
+        raise CheckpointError(f'{source} holds {signature(state)}.')
+    try:
+        with torch.device('meta'):
+            backbone = MODELS.build(dict(type='LSKAVAN', **description, out_indices=[-1]))
+    except ValueError as error:  # kernel sizes that no gate has
+        raise CheckpointError(f'{source} holds no LSKA-VAN: {error}') from None
+    found = {key: value for key, value in first_stages(state, len(state)).items()
+             if _PUBLISHED.fullmatch(key)}  # fmt: skip
+    norms = {name: norm.weight for name, norm in backbone.named_modules()
+             if isinstance(norm, (nn.BatchNorm2d, nn.LayerNorm))}  # fmt: skip
+    expected = {key: value for key, value in backbone.state_dict().items()
+                if key.rpartition('.')[0] not in norms}  # fmt: skip
+    kinds = defaultdict(set)  # the tensors that norms have in the file
+    for key in found:
+        kinds[re.sub(r'\d', '', key.rpartition('.')[0])].add(key.rpartition('.')[2])
+    for norm, like in norms.items():
+        for name in sorted(kinds[re.sub(r'\d', '', norm)]):
+            value = found.get(f'{norm}.{name}')
+            expected[f'{norm}.{name}'] = value if getattr(value, 'ndim', 1) != 1 else like
+    problem = compare(found, expected)
+    if problem:
+        raise CheckpointError(f'{source} holds no complete {signature(state)}: {problem}.')
     return state, description
 
 
@@ -155,8 +174,16 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
         kind = 'backbone' if alone else type(model).__name__
         raise CheckpointError(
             f'{source} cannot be loaded into the {kind} of the config: '
-            f'{problem}. The file holds {summarize(tensors)}.'
+            f'{problem}. The file holds {_summarize(tensors)}.'
         )
+
+
+def _summarize(state_dict: Mapping[str, Any]) -> str:
+    """Describe in words which backbone and other parts tensors are of."""
+    parts = {convert_key(key).partition('.')[0] for key in state_dict}
+    if describe(state_dict):
+        parts = parts - {'backbone'} | {signature(state_dict)}
+    return ', '.join(sorted(parts)) or 'no tensors'
 
 
 def adapt_state_dict(
@@ -181,7 +208,7 @@ def adapt_state_dict(
     if problem:
         where = ', '.join(filter(None, (file, prefix.rstrip('.'))))
         raise CheckpointError(
-            f'{where}{": " if where else ""}{_explain(found, expected, list(offered), problem)} '
+            f'{where}{": " if where else ""}{_explain(found, expected, offered, problem)} '
             'Nothing was loaded.'
         )
     added = {key.partition('.')[0] for key in own.keys() - expected.keys()}
@@ -198,7 +225,9 @@ def compare(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | N
     def problems() -> Iterator[tuple[str, list[str]]]:
         others = [key for key, value in found.items() if not isinstance(value, Tensor)]
         yield 'are not of type Tensor', others
-        needed = (key for key in expected if PUBLISHED.fullmatch(key) and 'num_batches' not in key)
+        needed = (
+            key for key in expected if _PUBLISHED.fullmatch(key) and 'num_batches' not in key
+        )
         yield 'are missing', [key for key in needed if key not in found]
         yield 'are unexpected', [key for key in found if key not in expected]
         pairs = [(key, found[key], expected[key]) for key in expected if key in found]
@@ -215,18 +244,16 @@ def compare(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | N
     return None
 
 
-def _explain(found: Mapping, expected: Mapping, offered: list[str], problem: str) -> str:
+def _explain(found: Mapping, expected: Mapping, offered: Mapping, problem: str) -> str:
     """Describe the tensors and the backbone, and say what to change."""
-    weights, backbone = describe(found), describe(expected) or {}
-    ours = signature(expected)
-    if weights is None:
-        names = ', '.join(offered[:3]) or 'none'
-        offer = f'No LSKA-VAN among the {len(offered)} tensors offered (first: {names})'
-        return f'{offer}, this backbone is {ours}: {problem}.'
-    differ = {k for k in weights.keys() | backbone.keys() if weights.get(k) != backbone.get(k)}
+    weights, backbone = describe(found) or {}, describe(expected) or {}
+    differ = {key for key in weights | backbone if weights.get(key) != backbone.get(key)}
+    kind = f'The weights are of {signature(found if weights else offered)}'
     if not differ:
-        return f'The weights are of {ours}, like this backbone, but {problem}.'
-    advice = 'Change the backbone in the config, or the checkpoint'
-    if differ <= {'kernel_size', 'attention', 'in_channels'} | ({'deploy'} - weights.keys()):
-        advice += ' (with a tool in tools/model_converters)'
-    return f'The weights are of {signature(found)}, this backbone is {ours}: {problem}. {advice}.'
+        return f'{kind}, like this backbone, but {problem}.'
+    convertible = {'kernel_size', 'attention', 'in_channels'} | ({'deploy'} - weights.keys())
+    tools = ' (with a tool in tools/model_converters)' if differ <= convertible else ''
+    return (
+        f'{kind}, this backbone is {signature(expected)}: {problem}. '
+        f'Change the backbone in the config, or the checkpoint{tools}.'
+    )

@@ -8,7 +8,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
-from .match import describe, first_stages
+from .match import describe, first_stages, read_state
 from .names import convert_state_dict, from_file, get_state_dict
 from .resize import resize_channels, resize_kernels, summarize_errors
 
@@ -54,10 +54,10 @@ class ResizedPretrained:
                 f'{type(module).__name__}.'
             )
         checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, 'cpu', logger='current')
-        state = first_stages(convert_state_dict(get_state_dict(checkpoint)), module.num_stages)
-        found = describe(state)
+        tensors = convert_state_dict(get_state_dict(checkpoint), self.checkpoint)
+        state, found = read_state(first_stages(tensors, module.num_stages), self.checkpoint)
         size, channels = expected['kernel_size'], expected['in_channels']
-        if found and {**found, 'kernel_size': size, 'in_channels': channels} == expected:
+        if {**found, 'kernel_size': size, 'in_channels': channels} == expected:
             state = resize_channels(state, channels)
             state, errors = resize_kernels(state, size, self.nearest)
             print_log(

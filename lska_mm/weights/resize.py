@@ -34,11 +34,8 @@ def _gates(state: Mapping[str, Any], found: Mapping) -> Iterator[tuple[int, str,
             gate = f'block{stage + 1}.{block}.attn.spatial_gating_unit'
             convs = {}
             for name, (_, dilation) in layout.items():
-                keys = [f'backbone.{gate}.{name}.{kind}' for kind in ('weight', 'bias')]
-                missing = [key for key in keys if key not in state]
-                if missing:
-                    raise CheckpointError(f'{missing[0]} is missing.')
-                convs[name] = Conv(state[keys[0]], state[keys[1]], dilation)
+                conv = f'backbone.{gate}.{name}'
+                convs[name] = Conv(state[f'{conv}.weight'], state[f'{conv}.bias'], dilation)
             yield stage, gate, convs
 
 
@@ -76,7 +73,7 @@ def resize_kernels(
         (C,), the norm of the difference of the dense kernels, relative to the old one.
 
     Raises:
-        CheckpointError: If these are not the tensors of an LSKA-VAN; if the function would
+        CheckpointError: If these are not the tensors of a whole LSKA-VAN; if the function would
             change without ``nearest``; if dilated 2-D kernels would have to be fitted.
         ValueError: If the size is invalid; names the nearest valid ones.
     """

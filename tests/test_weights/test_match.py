@@ -85,11 +85,11 @@ def test_another_network_is_refused(published_file, kwargs, found, expected):
 def test_no_usable_key_is_refused(state, tmp_path):
     path = str(tmp_path / 'other.pth')
     torch.save(dict(state_dict=state), path)
-    match = rf'No LSKA-VAN among the {len(state)} tensors .*kernel_size=23.*Nothing was loaded'
+    match = rf'no LSKA-VAN \({len(state)} tensors, .*kernel_size=23.*Nothing was loaded'
     with pytest.raises(CheckpointError, match=match):
         LSKAVAN(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
     detector = build_model(Config.fromfile(RETINANET))
-    with pytest.raises(CheckpointError, match='No LSKA-VAN among the'):
+    with pytest.raises(CheckpointError, match='no LSKA-VAN'):
         load_checkpoint(detector, path)
 
 
@@ -116,7 +116,7 @@ def test_a_part_may_be_loaded_when_it_is_asked_for():
 
 def test_a_backbone_under_another_name_is_named(published_file):
     model = nn.ModuleDict(dict(target_net=nn.Sequential(LSKAVAN())))
-    with pytest.raises(CheckpointError, match=rf'{published_file}, target_net\.0: No LSKA-VAN am'):
+    with pytest.raises(CheckpointError, match=rf'{published_file}, target_net\.0: .*no LSKA-VAN'):
         load_checkpoint(model, str(published_file))
     torch.save(model.state_dict(), published_file.with_name('byol.pth'))
     load_checkpoint(model, str(published_file.with_name('byol.pth')))
@@ -327,7 +327,7 @@ def test_pretrained_takes_the_tensors_behind_a_prefix(prefix, tmp_path):
         return backbone.state_dict()
 
     assert all(torch.equal(value, wanted[key]) for key, value in load(prefix).items())
-    with pytest.raises((CheckpointError, AssertionError), match=r'teacher|No LSKA-VAN'):
+    with pytest.raises((CheckpointError, AssertionError), match=r'teacher|no LSKA-VAN'):
         load('teacher.')
 
 
