@@ -1,6 +1,7 @@
 """Architectures by name, and arguments with a value per stage."""
 
 from collections.abc import Sequence
+from typing import Any
 
 _SIZES = {  # widths, depths, MLP ratios; names of the paper, mmpretrain and VAN
     'tiny t b0': ([32, 64, 160, 256], [3, 3, 5, 2], [8, 8, 4, 4]),
@@ -35,15 +36,15 @@ def parse_arch(arch: str | dict) -> dict:
     return dict(arch)
 
 
-def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> Sequence[int]:
-    if not isinstance(kernel_size, (list, tuple)):
-        return [kernel_size] * num_stages  # type: ignore[list-item]
-    if len(kernel_size) != num_stages:
+def one_each(name: str, value: Any, count: int, what: str = 'stages') -> list:
+    """Return the values of an argument that is a list with one per stage, or one for all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
         raise ValueError(
-            f'kernel_size={list(kernel_size)} has {len(kernel_size)} values, the arch has '
-            f'{num_stages} stages; expected one for all stages, or one per stage.'
+            f'{name}={values} has {len(values)} values; expected one for all, or one for each of '
+            f'the {count} {what}.'
         )
-    return kernel_size
+    return values
 
 
 def parse_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:

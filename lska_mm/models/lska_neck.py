@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..fast.door import layout_of, preferred_layout
+from .archs import one_each
 from .lska import Attention
 
 
@@ -38,17 +39,10 @@ class LSKANeck(BaseModule):
         init_cfg: dict | list | None = None,
     ):
         super().__init__(init_cfg=init_cfg)
-        if isinstance(in_channels, int):
-            in_channels = [in_channels] * num_outs
-        if len(in_channels) != num_outs:
-            raise ValueError(
-                f'in_channels={list(in_channels)} has {len(in_channels)} values for '
-                f'num_outs={num_outs} maps; expected one for all maps, or one per map.'
-            )
-        self.in_channels = list(in_channels)
+        self.in_channels = one_each('in_channels', in_channels, num_outs, 'maps (num_outs)')
         self.num_outs = num_outs
         self.blocks = ModuleList(
-            Attention(channels, kernel_size, attention) for channels in in_channels
+            Attention(channels, kernel_size, attention) for channels in self.in_channels
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

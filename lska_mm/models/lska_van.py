@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..fast.door import layout_of, preferred_layout
 from ..weights.match import adapt_state_dict
-from .archs import parse_arch, parse_kernel_size, parse_out_indices
+from .archs import one_each, parse_arch, parse_out_indices
 from .block import Block, PatchEmbed, normalizes_last_axis
 from .deploy import fold_stages
 
@@ -107,7 +107,7 @@ class LSKAVAN(BaseModule):
         self._strict: bool | None = None  # see `_strictly`
 
         depths = self.arch['depths']
-        kernel_sizes = parse_kernel_size(kernel_size, len(depths))
+        kernel_sizes = one_each('kernel_size', kernel_size, len(depths))
         drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         for i in range(self.num_stages):
             channels = self.arch['embed_dims'][i]

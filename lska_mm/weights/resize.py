@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ..models.archs import parse_kernel_size
+from ..models.archs import one_each
 from ..models.lska import kernel_layout
 from .match import read_state
 from .names import CheckpointError
@@ -28,7 +28,7 @@ class Conv(NamedTuple):
 def _gates(state: Mapping[str, Any], found: Mapping) -> Iterator[tuple[int, str, dict[str, Conv]]]:
     """Yield the stage, the name and the convolutions, in their order, of each gate."""
     depths = found['arch']['depths']
-    for stage, size in enumerate(parse_kernel_size(found['kernel_size'], len(depths))):
+    for stage, size in enumerate(one_each('kernel_size', found['kernel_size'], len(depths))):
         layout = kernel_layout(found['attention'], size)
         for block in range(depths[stage]):
             gate = f'block{stage + 1}.{block}.attn.spatial_gating_unit'
@@ -78,7 +78,7 @@ def resize_kernels(
         ValueError: If the size is invalid; names the nearest valid ones.
     """
     state, found = read_state(state_dict)
-    sizes = parse_kernel_size(kernel_size, len(found['arch']['depths']))
+    sizes = one_each('kernel_size', kernel_size, len(found['arch']['depths']))
     layouts = [kernel_layout(found['attention'], size) for size in sizes]
     errors = {}
     for stage, gate, convs in _gates(state, found):

@@ -44,7 +44,7 @@ def test_every_parameter_gets_a_gradient():
 @pytest.mark.parametrize(
     ('kwargs', 'inputs', 'message'),
     [
-        (dict(in_channels=[8, 8]), None, r'\[8, 8\] has 2 values for num_outs=3 maps'),
+        (dict(in_channels=[8, 8]), None, r'\[8, 8\] has 2 values; .* of the 3 maps \(num_outs'),
         (dict(kernel_size=24), None, '23 and 29'),
         (dict(attention='SE'), None, "attention='SE' is unknown"),
         ({}, maps()[:2], 'expects num_outs=3 maps, got 2'),

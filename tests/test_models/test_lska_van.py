@@ -131,8 +131,8 @@ def test_kernel_size_of_each_stage():
     [
         (dict(kernel_size=24), '23 and 29'),
         (dict(kernel_size=[7, 24]), '23 and 29'),
-        (dict(kernel_size=[7, 7, 23]), r'\[7, 7, 23\] has 3 values, the arch has 2 stages'),
-        (dict(kernel_size=()), 'has 0 values, the arch has 2 stages'),
+        (dict(kernel_size=[7, 7, 23]), r'\[7, 7, 23\] has 3 values; .* each of the 2 stages'),
+        (dict(kernel_size=()), 'has 0 values; .* each of the 2 stages'),
         (dict(arch='huge'), 'valid: tiny, t, b0, small'),
         (dict(arch=dict(embed_dims=[8])), "needs the keys .*'depths'"),
         (dict(arch={**SMALL, 'depths': [1]}), 'equal length.*depths: 1'),

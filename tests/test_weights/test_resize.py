@@ -105,7 +105,7 @@ def test_a_size_a_stage():
         ('LKA-trivial', 11, 7, False, '576 nonzero taps, 1 pixels apart'),
         ('LKA', 53, 23, True, r'2-D kernels \(attention LKA\) cannot be fitted.*--separate'),
         ('LSKA', 23, 24, False, r'kernel_size=24 cannot be split.*: 23 and 29'),
-        ('LSKA', 23, [35, 35, 53], False, 'has 3 values, the arch has 2 stages'),
+        ('LSKA', 23, [35, 35, 53], False, 'has 3 values; .* each of the 2 stages'),
     ],
 )  # fmt: skip
 def test_refusals(attention, k, other, nearest, match):
