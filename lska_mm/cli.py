@@ -22,7 +22,6 @@ from torch import nn
 from .engine.distributed import init_cpu
 from .weights.loader import find_checkpoint
 from .weights.match import load_whole
-from .weights.names import get_state_dict
 
 
 @contextmanager
@@ -169,7 +168,7 @@ def load_file(model: nn.Module, checkpoint: str) -> str:
     If these are the averaged weights that MMEngine's EMAHook stores, the name says so.
     """
     content = CheckpointLoader.load_checkpoint(find_checkpoint(checkpoint), map_location='cpu')
-    load_whole(model, get_state_dict(content), checkpoint)
+    load_whole(model, content, checkpoint)
     averaged = ', averaged weights (EMA)' if 'ema_state_dict' in content else ''
     return f'{Path(checkpoint).name}{averaged}'
 

@@ -15,7 +15,6 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..weights.match import load_whole, unwrap
-from ..weights.names import get_state_dict
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -29,7 +28,7 @@ class CheckWeightsHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Compare the checkpoint with the model, before MMEngine loads what fits."""
-        load_whole(runner.model, get_state_dict(checkpoint), runner._load_from)
+        load_whole(runner.model, checkpoint, runner._load_from)
 
 
 @HOOKS.register_module()

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..models.archs import ARCHS
-from .names import CheckpointError, convert_key, convert_state_dict, from_file
+from .names import CheckpointError, convert_key, convert_state_dict, from_file, get_state_dict
 
 _VAN = re.compile(r'(?:backbone\.)?((?:patch_embed|block|norm)(\d+)\..+)')
 # Names that every VAN has, and no subclass adds.
@@ -152,8 +152,8 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
-    """Load tensors into a model, bare or wrapped, of which no part may stay random.
+def load_whole(model: nn.Module, checkpoint: Any, source: str) -> None:
+    """Load a checkpoint into a model, bare or wrapped, of which no part may stay random.
 
     Tensors under other names than the model's are ignored.
 
@@ -162,6 +162,7 @@ def load_whole(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
             file ``source`` holds.
     """
     model = unwrap(model)
+    state_dict = get_state_dict(checkpoint)
     tensors = {re.sub(r'^(module\.)+', '', str(key)): v for key, v in state_dict.items()}
     tensors = from_file(tensors, '')
     try:
@@ -214,7 +215,7 @@ def adapt_state_dict(
     added = {key.partition('.')[0] for key in own.keys() - expected.keys()}
     for key, value in offered.items():
         name = re.sub(r'^(module\.)*(backbone\.)?', '', key)
-        if not _VAN.fullmatch(convert_key(name)) and name.partition('.')[0] in added:
+        if name.partition('.')[0] in added:
             state_dict[prefix + name] = value
     state_dict.update((prefix + key, value) for key, value in found.items())
 
