@@ -14,7 +14,7 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
@@ -142,24 +142,6 @@ def build_runner(cfg: Config) -> Runner:
         setup_cache_size_limit_of_dynamo()
     init_cpu(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-
-
-def load_model(config: str, checkpoint: str, options: dict | None = None) -> tuple[Config, Any]:
-    """Return the config, overridden by ``options``, and the trained model in evaluation mode.
-
-    Raises:
-        CheckpointError: If the checkpoint does not fit the config's model.
-    """
-    cfg = read_config(config, options)
-    init_default_scope(toolbox(cfg))
-    if 'backbone' in cfg.model:
-        cfg.model.backbone.init_cfg = None
-    if 'data_preprocessor' in cfg:  # where mmpretrain's configs have it
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(cfg.model)
-    model.eval()
-    print(f'loaded {load_file(model, checkpoint)}')
-    return cfg, model
 
 
 def load_file(model: nn.Module, checkpoint: str) -> str:

@@ -16,7 +16,6 @@ from mmengine.runner import CheckpointLoader, load_checkpoint
 
 from conftest import ROOT, small
 from lska_mm import LSKAVAN, load_from_local
-from lska_mm.cli import load_model
 from lska_mm.weights.convert import convert
 from lska_mm.weights.names import CheckpointError
 from pickles import Bomb
@@ -46,7 +45,6 @@ LOADERS = {
     'load_from_local': load_from_local,
     'convert': lambda path: convert(path, Path('out/new.pth'), lambda state, meta: (state, [])),
     'load_from': lambda path: load_checkpoint(LSKAVAN(), path),
-    'load_model': lambda path: load_model(str(SEGMENTOR), path),
     'Pretrained': lambda path: LSKAVAN(
         init_cfg=dict(type='Pretrained', checkpoint=path)
     ).init_weights(),

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.onnx.utils import export as trace_to_onnx  # the one exporter that torch 2.1 has too
 
@@ -35,9 +36,10 @@ from engines import INSTALLED, open_engine
 from lska_mm.cli import (
     add_cfg_options,
     ending,
-    load_model,
+    load_file,
     make_parser,
     normalize,
+    read_config,
     read_image,
     report_errors,
     size,
@@ -181,7 +183,15 @@ def export(
         ImportError: If MMDeploy is missing, for a detector.
         RuntimeError: If the model has no graph in ONNX, or gives something else there.
     """
-    cfg, model = load_model(config, checkpoint, options)
+    cfg = read_config(config, options)
+    init_default_scope(toolbox(cfg))
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.init_cfg = None
+    if 'data_preprocessor' in cfg:  # where mmpretrain's configs have it
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(cfg.model)
+    model.eval()
+    print(f'loaded {load_file(model, checkpoint)}')
     if not hasattr(model, 'backbone'):
         raise RuntimeError(f'{type(model).__name__} has no backbone; nothing was exported.')
     try:
