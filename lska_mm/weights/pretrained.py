@@ -33,15 +33,9 @@ class ResizedPretrained:
         CheckpointError: See `resize_kernels` and `resize_channels`; if the weights differ
             from the backbone in anything else.
         TypeError: If it is the ``init_cfg`` of another module than an `LSKAVAN`.
-        ValueError: If there is no ``checkpoint``.
     """
 
-    def __init__(self, checkpoint: str | None = None, nearest: bool = False):
-        if not checkpoint:
-            raise ValueError(
-                'ResizedPretrained needs checkpoint=..., a file with the weights: the base config '
-                'names none in model.backbone.init_cfg.'
-            )
+    def __init__(self, checkpoint: str, nearest: bool = False):
         self.checkpoint = checkpoint
         self.nearest = nearest
 

@@ -86,11 +86,6 @@ def test_initialiser_refuses(small_file, kwargs, match):
         resized_backbone(small_file[0], **kwargs)
 
 
-def test_initialiser_needs_a_checkpoint():
-    with pytest.raises(ValueError, match=r'needs checkpoint=\.\.\., a file with the weights'):
-        LSKAVAN(init_cfg=dict(type='ResizedPretrained')).init_weights()
-
-
 def test_initialiser_is_for_the_backbone_only(small_file):
     gate = LSKA(8, 53, init_cfg=dict(type='ResizedPretrained', checkpoint=str(small_file[0])))
     with pytest.raises(TypeError, match='for the init_cfg of an LSKAVAN backbone, not of LSKA'):
