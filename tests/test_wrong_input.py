@@ -44,7 +44,7 @@ def weights(published_file, tmp_path_factory):
             axes['logits'] = {0: 'b'}
         export(graph, (torch.rand(1, bands, 8, 8),), str(folder / f'{name}.onnx'),
                input_names=['images'], output_names=['logits'], dynamic_axes=axes)  # fmt: skip
-    convert(str(published_file), folder / 'same.pth', lambda state, meta: (state, []))
+    convert(str(published_file), folder / 'same.pth', lambda state, meta: state)
     return folder
 
 

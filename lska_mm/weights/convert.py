@@ -16,13 +16,11 @@ from .names import get_state_dict
 State = dict[str, Any]
 
 
-def convert(
-    source: str, target: Path, transform: Callable[[State, Mapping], tuple[State, list[str]]]
-) -> None:
+def convert(source: str, target: Path, transform: Callable[[State, Mapping], State]) -> None:
     """Read a checkpoint, change its tensors, and write another; print what was done.
 
-    ``transform`` takes tensors under this package's names, and ``meta``; it returns tensors
-    and lines to print. Of the rest of the file only ``meta`` is kept, without the config's text.
+    ``transform`` takes tensors under this package's names, and ``meta``; it returns tensors.
+    Of the rest of the file only ``meta`` is kept, without the config's text.
     The file ``target`` gets a hash in its name: NAME.pth becomes NAME-1a2b3c4d.pth.
 
     Raises:
@@ -36,7 +34,7 @@ def convert(
     wrapper = {} if content is tensors else content
     meta = wrapper.get('meta')
     meta = dict(meta) if isinstance(meta, Mapping) else {}
-    converted, lines = transform(state, meta)
+    converted = transform(state, meta)
     left = sorted(str(key) for key in wrapper.keys() - {'state_dict', 'meta'})
     if meta.pop('cfg', None):
         left.append('meta.cfg')
@@ -48,7 +46,7 @@ def convert(
         raise FileExistsError(f'{written} is the file to convert; choose another output file.')
     with written_beside(written) as part:
         part.write_bytes(buffer.getbuffer())
-    print('\n'.join([*lines, f'now {signature(converted)}']))
+    print(f'now {signature(converted)}')
     if left:
         print(f'left out, as it belongs to the old weights: {", ".join(left)}')
     print(f'written to {written}')

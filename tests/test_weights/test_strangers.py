@@ -43,7 +43,7 @@ REFUSED = r'bomb\.pth was refused: it holds posix\.mkdir, and loading that could
 
 LOADERS = {
     'load_from_local': load_from_local,
-    'convert': lambda path: convert(path, Path('out/new.pth'), lambda state, meta: (state, [])),
+    'convert': lambda path: convert(path, Path('out/new.pth'), lambda state, meta: state),
     'load_from': lambda path: load_checkpoint(LSKAVAN(), path),
     'Pretrained': lambda path: LSKAVAN(
         init_cfg=dict(type='Pretrained', checkpoint=path)

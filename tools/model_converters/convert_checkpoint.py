@@ -47,12 +47,12 @@ def main() -> None:
                         help="make 2-D kernels 1-D, attention='LKA' to 'LSKA'")  # fmt: skip
     args = parser.parse_args()
 
-    def transform(state: State, meta: Mapping) -> tuple[State, list[str]]:
-        lines = []
+    def transform(state: State, meta: Mapping) -> State:
         if args.separate:
             state, shares = separate_kernels(state)
-            lines += [f'{name}: {share:.1%} of the energy kept' for name, share in shares.items()]
-            lines.append(
+            for name, share in shares.items():
+                print(f'{name}: {share:.1%} of the energy kept')
+            print(
                 f'{min(shares.values()):.1%} of the energy kept at least, '
                 f'{statistics.mean(shares.values()):.1%} on average over {len(shares)} layers'
             )
@@ -61,12 +61,13 @@ def main() -> None:
         if args.kernel_size is not None:
             sizes = args.kernel_size if len(args.kernel_size) > 1 else args.kernel_size[0]
             state, errors = resize_kernels(state, sizes, args.nearest)
-            lines += [
-                f'{gate}: relative error {error.max():.3g} at most, {error.mean():.3g} on average'
-                for gate, error in errors.items()
-            ]
-            lines.append(f'other kernels: {summarize_errors(errors)}')
-        return state, lines
+            for gate, error in errors.items():
+                print(
+                    f'{gate}: relative error {error.max():.3g} at most, '
+                    f'{error.mean():.3g} on average'
+                )
+            print(f'other kernels: {summarize_errors(errors)}')
+        return state
 
     convert(args.src, args.dst, transform)
 

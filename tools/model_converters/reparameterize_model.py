@@ -78,10 +78,11 @@ def main() -> None:
                         "config in the checkpoint, else PyTorch's")  # fmt: skip
     args = parser.parse_args()
 
-    def transform(state: State, meta: Mapping) -> tuple[State, list[str]]:
+    def transform(state: State, meta: Mapping) -> State:
         eps = next(e for e in (args.norm_eps, stored_eps(meta), 1e-5) if e is not None)
-        told = f'folded norms of eps {eps:g}; it loads with model.backbone.deploy=True'
-        return fold(state, eps), [told]
+        folded = fold(state, eps)
+        print(f'folded norms of eps {eps:g}; it loads with model.backbone.deploy=True')
+        return folded
 
     convert(args.src, args.dst, transform)
 
