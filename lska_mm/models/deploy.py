@@ -67,20 +67,20 @@ def fold_stages(stages: Sequence[tuple[PatchEmbed, ModuleList]]) -> None:
     Raises:
         TypeError: If one cannot be folded; names it, and what to do first.
     """
-    norms, seen = [], dict[Tensor, str]()
+    norms, seen = dict[nn.Module, Affine](), dict[Tensor, str]()
     for i, (patch_embed, blocks) in enumerate(stages, start=1):
         check_as_built(f'patch_embed{i}.proj', patch_embed.proj, nn.Conv2d)
-        norm = affine(
-            f'patch_embed{i}.norm', patch_embed.norm, patch_embed.proj.weight[:, 0, 0, 0]
-        )
-        norms.append(
-            (norm, [norms_of(f'block{i}.{j}', block, seen) for j, block in enumerate(blocks)])
-        )
-    for (patch_embed, blocks), (norm, norms_of_blocks) in zip(stages, norms):
-        fold(patch_embed.proj, after=norm)
+        channels = patch_embed.proj.weight[:, 0, 0, 0]
+        named = {f'patch_embed{i}.norm': patch_embed.norm}
+        for j, block in enumerate(blocks):
+            check_block(f'block{i}.{j}', block, seen)
+            named |= {f'block{i}.{j}.norm1': block.norm1, f'block{i}.{j}.norm2': block.norm2}
+        norms |= {norm: affine(name, norm, channels) for name, norm in named.items()}
+    for patch_embed, blocks in stages:
+        fold(patch_embed.proj, after=norms[patch_embed.norm])
         patch_embed.norm = nn.Identity()
         for j, block in enumerate(blocks):
-            blocks[j] = FusedBlock(block, *norms_of_blocks[j])
+            blocks[j] = FusedBlock(block, norms[block.norm1], norms[block.norm2])
 
 
 # --- What can be folded -------------------------------------------------------------------
@@ -97,8 +97,8 @@ _REMOVERS = {
 }
 
 
-def norms_of(name: str, block: Any, seen: dict[Tensor, str]) -> tuple[Affine, Affine]:
-    """Return the norms of a block that can be folded; record its parameters in ``seen``."""
+def check_block(name: str, block: Any, seen: dict[Tensor, str]) -> None:
+    """Refuse a block that cannot be folded; record its parameters in ``seen``."""
     for path, cls in _FOLDED.items():
         part = block.get_submodule(path)
         check_as_built(f'{name}.{path}'.rstrip('.'), part, cls)
@@ -110,10 +110,6 @@ def norms_of(name: str, block: Any, seen: dict[Tensor, str]) -> tuple[Affine, Af
             first = seen.setdefault(parameter, own)
             if first != own:
                 raise TypeError(f'{own} cannot be folded: it is shared with {first}; copy it.')
-    channels = block.attn.proj_1.weight[0, :, 0, 0]
-    norm1, norm2 = (affine(f'{name}.norm{i}', block.get_submodule(f'norm{i}'), channels)
-                    for i in (1, 2))  # fmt: skip
-    return norm1, norm2
 
 
 def check_as_built(name: str, module: Any, cls: type | None = None) -> None:

@@ -20,7 +20,7 @@ from conftest import (
 )
 from lska_mm.fast import cpu, door, gradients
 from lska_mm.models.block import Block
-from lska_mm.models.deploy import FusedBlock, norms_of
+from lska_mm.models.deploy import FusedBlock, affine
 from lska_mm.models.lska import ATTENTIONS, depthwise_conv
 
 LAST = torch.channels_last
@@ -109,7 +109,8 @@ def test_maps_of_any_size(channels, layout):
         for parameter in block.parameters():
             nn.init.uniform_(parameter, -0.5, 0.5)
     parts = [block.attn, block.attn.spatial_gating_unit, block.mlp]
-    parts.append(FusedBlock(copy.deepcopy(block), *norms_of('block', block, {})))
+    norms = [affine('norm', norm, block.layer_scale_1) for norm in (block.norm1, block.norm2)]
+    parts.append(FusedBlock(copy.deepcopy(block), *norms))
     for size in itertools.product((1, 2), (1, 2, 5), (1, 2, 5)):
         x = torch.rand(size[0], channels, *size[1:]).contiguous(memory_format=layout)
         for part in parts:
