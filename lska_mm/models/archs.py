@@ -30,10 +30,7 @@ def parse_arch(arch: str | dict) -> dict:
     keys = list(ARCHS['tiny'])
     if set(arch) != set(keys):
         raise ValueError(f'arch needs the keys {keys}, got {sorted(arch)}.')
-    if len({len(arch[key]) for key in keys}) != 1 or not arch['depths']:
-        lengths = ', '.join(f'{key}: {len(arch[key])}' for key in keys)
-        raise ValueError(f'arch needs lists of equal length, one value per stage; got {lengths}.')
-    return dict(arch)
+    return {key: one_each(key, arch[key], len(arch['depths'])) for key in keys}
 
 
 def one_each(name: str, value: Any, count: int, what: str = 'stages') -> list:

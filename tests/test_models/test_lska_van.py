@@ -135,7 +135,7 @@ def test_kernel_size_of_each_stage():
         (dict(kernel_size=()), 'has 0 values; .* each of the 2 stages'),
         (dict(arch='huge'), 'valid: tiny, t, b0, small'),
         (dict(arch=dict(embed_dims=[8])), "needs the keys .*'depths'"),
-        (dict(arch={**SMALL, 'depths': [1]}), 'equal length.*depths: 1'),
+        (dict(arch={**SMALL, 'depths': [1]}), r'embed_dims=\[8, 16\] .* each of the 1 stages'),
         (dict(out_indices=(0, 2)), '2 stages are 0 to 1'),
         (dict(out_indices=(-3,)), '2 stages are 0 to 1'),
         (dict(out_indices=()), 'out_indices'),
