@@ -49,7 +49,8 @@ class ResizedPretrained:
             )
         checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, 'cpu', logger='current')
         tensors = convert_state_dict(get_state_dict(checkpoint), self.checkpoint)
-        state, found = read_state(first_stages(tensors, module.num_stages), self.checkpoint)
+        stages = first_stages(tensors, module.num_stages)
+        state, found = read_state(stages or tensors, self.checkpoint)
         size, channels = expected['kernel_size'], expected['in_channels']
         if {**found, 'kernel_size': size, 'in_channels': channels} == expected:
             state = resize_channels(state, channels)

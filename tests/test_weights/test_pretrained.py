@@ -86,6 +86,12 @@ def test_initialiser_refuses(small_file, kwargs, match):
         resized_backbone(small_file[0], **kwargs)
 
 
+def test_initialiser_says_what_is_in_a_file_of_something_else(tmp_path):
+    torch.save({'conv1.weight': torch.ones(1)}, tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match=r'other.pth holds no LSKA-VAN \(1 tensors'):
+        resized_backbone(tmp_path / 'other.pth')
+
+
 def test_initialiser_is_for_the_backbone_only(small_file):
     gate = LSKA(8, 53, init_cfg=dict(type='ResizedPretrained', checkpoint=str(small_file[0])))
     with pytest.raises(TypeError, match='for the init_cfg of an LSKAVAN backbone, not of LSKA'):
