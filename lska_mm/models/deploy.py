@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -34,7 +35,8 @@ class FusedBlock(BaseModule):
         fold(self.attn.proj_2, after=(scale_1, scale_1 * norm1[1]))
         fold(self.mlp.fc1, before=norm2)
         fold(self.mlp.fc2, after=(scale_2, torch.zeros_like(scale_2)))
-        self.shortcut = nn.Parameter((1 + scale_1 * norm1[0])[:, None, None])
+        shortcut = (1 + scale_1 * norm1[0])[:, None, None]
+        self.shortcut = nn.Parameter(shortcut, scale_1.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         attn = self.attn
@@ -46,18 +48,22 @@ class FusedBlock(BaseModule):
 def fold(conv: nn.Conv2d, before: Affine | None = None, after: Affine | None = None) -> None:
     """Fold a factor and a summand before or after a convolution into it.
 
-    Before it, they are exact at the borders only without padding.
+    Before it, they are exact at the borders only without padding. The convolution gets new
+    parameters, as others may use the memory of the old ones.
     """
     assert conv.bias is not None
+    weight, bias = conv.weight, conv.bias
     with torch.no_grad():
         if before is not None:
             factor, summand = before
-            conv.bias += (conv.weight * summand[None, :, None, None]).sum((1, 2, 3))
-            conv.weight *= factor[None, :, None, None]
+            bias = bias + (weight * summand[None, :, None, None]).sum((1, 2, 3))
+            weight = weight * factor[None, :, None, None]
         if after is not None:
             factor, summand = after
-            conv.bias.mul_(factor).add_(summand)
-            conv.weight *= factor[:, None, None, None]
+            bias = bias * factor + summand
+            weight = weight * factor[:, None, None, None]
+    conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
+    conv.bias = nn.Parameter(bias, conv.bias.requires_grad)
 
 
 @torch.no_grad()
@@ -67,13 +73,13 @@ def fold_stages(stages: Sequence[tuple[PatchEmbed, ModuleList]]) -> None:
     Raises:
         TypeError: If one cannot be folded; names it, and what to do first.
     """
-    norms, seen = dict[nn.Module, Affine](), dict[Tensor, str]()
+    norms, seen = dict[nn.Module, Affine](), dict[nn.Module, str]()
     for i, (patch_embed, blocks) in enumerate(stages, start=1):
-        check_as_built(f'patch_embed{i}.proj', patch_embed.proj, nn.Conv2d)
+        check_parts(f'patch_embed{i}', patch_embed, _FOLDED_PATCHES, seen)
         channels = patch_embed.proj.weight[:, 0, 0, 0]
         named = {f'patch_embed{i}.norm': patch_embed.norm}
         for j, block in enumerate(blocks):
-            check_block(f'block{i}.{j}', block, seen)
+            check_parts(f'block{i}.{j}', block, _FOLDED, seen)
             named |= {f'block{i}.{j}.norm1': block.norm1, f'block{i}.{j}.norm2': block.norm2}
         norms |= {norm: affine(name, norm, channels) for name, norm in named.items()}
     for patch_embed, blocks in stages:
@@ -85,10 +91,12 @@ def fold_stages(stages: Sequence[tuple[PatchEmbed, ModuleList]]) -> None:
 
 # --- What can be folded -------------------------------------------------------------------
 
-# The parts of a block that are folded or removed.
+# The parts that are folded or removed, and their classes.
+_CONV = (nn.Conv2d,)
+_FOLDED_PATCHES = {'': (PatchEmbed,), 'proj': _CONV}
 _FOLDED = {
-    '': Block, 'attn': Attention, 'attn.proj_1': nn.Conv2d, 'attn.proj_2': nn.Conv2d,
-    'mlp': MLP, 'mlp.fc1': nn.Conv2d, 'mlp.fc2': nn.Conv2d,
+    '': (Block,), 'attn': (Attention,), 'attn.proj_1': _CONV, 'attn.proj_2': _CONV,
+    'mlp': (MLP,), 'mlp.fc1': _CONV, 'mlp.fc2': _CONV, 'drop_path': (DropPath, nn.Identity),
 }  # fmt: skip
 _REMOVERS = {
     prune.BasePruningMethod: 'torch.nn.utils.prune.remove',
@@ -97,22 +105,21 @@ _REMOVERS = {
 }
 
 
-def check_block(name: str, block: Any, seen: dict[Tensor, str]) -> None:
-    """Refuse a block that cannot be folded; record its parameters in ``seen``."""
-    for path, cls in _FOLDED.items():
-        part = block.get_submodule(path)
-        check_as_built(f'{name}.{path}'.rstrip('.'), part, cls)
-        if cls is not nn.Conv2d:
-            continue
-        if part.groups > 1 or part.padding != (0, 0):
-            raise TypeError(f'{name}.{path} cannot be folded: it has padding or groups.')
-        for own, parameter in part.named_parameters(f'{name}.{path}'):
-            first = seen.setdefault(parameter, own)
-            if first != own:
-                raise TypeError(f'{own} cannot be folded: it is shared with {first}; copy it.')
+def check_parts(
+    name: str, module: Any, parts: dict[str, tuple], seen: dict[nn.Module, str]
+) -> None:
+    """Refuse a module whose parts cannot be folded; record them in ``seen``."""
+    for path, classes in parts.items():
+        part, own = module.get_submodule(path), f'{name}.{path}'.rstrip('.')
+        check_as_built(own, part, *classes)
+        first = seen.setdefault(part, own)
+        if first != own:
+            raise TypeError(f'{own} cannot be folded: it is shared with {first}; copy it.')
+        if path in ('attn.proj_1', 'mlp.fc1') and (part.groups > 1 or part.padding != (0, 0)):
+            raise TypeError(f'{own} cannot be folded: it has padding or groups.')
 
 
-def check_as_built(name: str, module: Any, cls: type | None = None) -> None:
+def check_as_built(name: str, module: Any, *classes: type) -> None:
     """Refuse a module that computes anything else than its class does with its weights."""
     hooks = [
         hook
@@ -129,9 +136,9 @@ def check_as_built(name: str, module: Any, cls: type | None = None) -> None:
         reason = f'it has {len(hooks)} hooks, which would see other maps; remove them first'
     elif 'forward' in vars(module):
         reason = 'its forward was replaced; restore it first'
-    elif cls is not None and type(module) is not cls:
-        reason = f'it is a {type(module).__name__}, not the original {cls.__name__}'
-    elif cls is nn.Conv2d and module.bias is None:
+    elif classes and type(module) not in classes:
+        reason = f'it is a {type(module).__name__}, not the original {classes[0].__name__}'
+    elif nn.Conv2d in classes and module.bias is None:
         reason = 'it has no bias'
     else:
         return

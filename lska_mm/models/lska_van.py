@@ -176,9 +176,8 @@ class LSKAVAN(BaseModule):
     def switch_to_deploy(self) -> None:
         """Fold BatchNorms and layer scales into the convolutions, for inference.
 
-        The outputs are the same as in evaluation except for rounding, and the
-        backbone stays in evaluation mode. A second call does nothing. The state
-        dict becomes that of ``LSKAVAN(..., deploy=True)``.
+        The outputs are the same as in evaluation except for rounding. A second call does
+        nothing. The state dict becomes that of ``LSKAVAN(..., deploy=True)``.
 
         Raises:
             TypeError: If a norm is not a BatchNorm with running statistics, or a part was
@@ -196,16 +195,7 @@ class LSKAVAN(BaseModule):
                 module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'LSKAVAN':
-        """Switch between training and evaluation mode; frozen stages stay frozen.
-
-        Raises:
-            RuntimeError: If the backbone is deployed, which is only for inference.
-        """
-        if mode and self.deployed:
-            raise RuntimeError(
-                'A deployed backbone has no norms left to train: build it without deploy=True, '
-                'and load the original weights.'
-            )
+        """Switch between training and evaluation mode; frozen stages stay frozen."""
         super().train(mode)
         self._freeze_stages()
         if self.norm_eval:
