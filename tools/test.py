@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import mmcv
+import mmengine
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
@@ -37,19 +38,21 @@ META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'fl
              'flip_direction')  # fmt: skip
 
 
-class PaintHook(Hook):
-    """Paint the predictions of a segmentor or a classifier for every image into a folder.
+class DrawHook(Hook):
+    """Draw the predictions of a segmentor or a classifier for every image into a folder.
 
-    The toolboxes' hooks only paint some images, or overwrite those of the same name. Here files
+    The toolboxes' hooks only draw some images, or overwrite those of the same name. Here files
     are named after the image and its folder; small images of a classifier are enlarged.
     """
 
-    def __init__(self, folder: str):
-        self.folder, self.names = Path(folder), Counter()
+    def __init__(self, folder: str, interval: int):
+        self.folder, self.interval, self.names = Path(folder), interval, Counter()
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Paint a batch."""
+        """Draw a batch."""
         for i, sample in enumerate(outputs):
+            if (batch_idx * len(outputs) + i) % self.interval:
+                continue
             path = Path(sample.get('img_path', ''))  # CIFAR has none
             name = '_'.join(filter(None, (path.parent.name, path.stem))) or 'image'
             self.names[name] += 1
@@ -72,8 +75,12 @@ def parse_args():
     parser.add_argument(
         '--out', help='dump predictions: to a .pkl file, or a folder for a segmentor'
     )
-    parser.add_argument('--show-dir', help='folder for painted images')
-    parser.add_argument('--show', action='store_true', help='show the painted images')
+    parser.add_argument('--out-item', choices=['pred', 'metrics'], default='pred',
+                        help='what to dump; metrics for a classifier only')  # fmt: skip
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument('--show-dir', help='folder for images with the predictions')
+    parser.add_argument('--show', action='store_true', help='show these images')
+    parser.add_argument('--interval', type=int, default=1, help='of the images that are shown')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each')
     parser.add_argument(
         '--tta',
@@ -106,31 +113,38 @@ def main() -> None:
     scope = toolbox(cfg)
     cfg.load_from = find_checkpoint(args.checkpoint)
     cfg.resume = False
+    if args.amp:
+        cfg.test_cfg.fp16 = True
     if args.tta:
         enable_tta(cfg)
     if args.out and scope == 'mmseg':
         if Path(args.out).suffix in ('.pkl', '.pickle', '.json'):
             raise NotADirectoryError(f'--out of a segmentor must be a folder, not {args.out}.')
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
-    paint = args.show_dir and scope in ('mmseg', 'mmpretrain')
-    if args.show or (args.show_dir and not paint):
+    draw = args.show_dir and scope in ('mmseg', 'mmpretrain')
+    if args.show or (args.show_dir and not draw):
         drawing = dict(show=args.show, wait_time=args.wait_time)
         drawing['enable' if scope == 'mmpretrain' else 'draw'] = True
-        if (
-            not paint and args.show_dir
-        ):  # all images of a detector; absolute, or below the work dir
+        if scope in ('mmseg', 'mmpretrain'):  # the others draw all images
+            drawing['interval'] = args.interval
+        elif args.show_dir:  # absolute, or below the work dir
             drawing['test_out_dir'] = os.path.abspath(args.show_dir)
         cfg.default_hooks.visualization.update(drawing)
+    elif draw:
+        cfg.default_hooks.visualization = None
     runner = build_runner(cfg)
-    if paint:
-        runner.register_hook(PaintHook(args.show_dir))
+    if draw:
+        runner.register_hook(DrawHook(args.show_dir, args.interval))
     runner.register_hook(CheckWeightsHook())
-    if args.out and scope in DUMP:
+    metrics_only = scope == 'mmpretrain' and args.out_item == 'metrics'
+    if args.out and scope in DUMP and not metrics_only:
         dump = METRICS.build(dict(type=DUMP[scope], out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)
-    runner.test()
+    metrics = runner.test()
+    if args.out and metrics_only:
+        mmengine.dump(metrics, args.out)
     if args.show_dir:
-        print(f'painted images are in {args.show_dir}')
+        print(f'images with the predictions are in {args.show_dir}')
 
 
 if __name__ == '__main__':

@@ -68,7 +68,8 @@ class CheckLabelsHook(Hook):
                     f'{sample.get("seg_map_path", "A label map")} has the labels '
                     f'{torch.unique(wrong).tolist()}{shift}; the model has {num_classes} '
                     f'classes: valid labels are 0 to {num_classes - 1}, {head.ignore_index} for '
-                    'no class. Fix the file, or num_classes and the classes of the dataset.'
+                    'no class. Fix the file, or num_classes and the classes of the dataset; '
+                    'files that count from 1 need reduce_zero_label=True there.'
                 )
 
 
@@ -115,7 +116,10 @@ class CompileHook(Hook):
                 piece.compile(**self.arguments)
                 self.compiled.append((piece, piece._compiled_call_impl))
             several = f' in {len(pieces)} pieces, as it has SyncBN' if pieces != [part] else ''
-            runner.logger.info(f'{name} is compiled for training{several}: {self.arguments}')
+            runner.logger.info(
+                f'{name} will be compiled in the first step, which may take minutes{several}: '
+                f'{self.arguments}'
+            )
 
     def before_val(self, runner) -> None:
         """Switch to the uncompiled parts."""

@@ -46,9 +46,9 @@ def convert(source: str, target: Path, transform: Callable[[State, Mapping], Sta
         raise FileExistsError(f'{written} is the file to convert; choose another output file.')
     with written_beside(written) as part:
         part.write_bytes(buffer.getbuffer())
-    print(f'now {signature(converted)}')
+    print(f'result: {signature(converted)}')
     if left:
-        print(f'left out, as it belongs to the old weights: {", ".join(left)}')
+        print(f'not copied, as it belongs to the old weights: {", ".join(left)}')
     print(f'written to {written}')
 
 

@@ -73,6 +73,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         prefix = 'module.' if all(str(key).startswith('module.') for key in state_dict) else ''
         converted = convert_state_dict(state_dict, path)
         state_dict = {f'{prefix}{key}': value for key, value in converted.items()}
+        checkpoint = {'meta': {}, **checkpoint}  # which mmseg's `init_model` asks for
     state_dict = from_file(state_dict, path)
     return {**checkpoint, 'state_dict': state_dict} if wrapped else state_dict
 

@@ -192,9 +192,9 @@ def adapt_state_dict(
 ) -> None:
     """Rename the tensors of a backbone in ``state_dict`` to its own names, in place.
 
-    Tensors under ``prefix``, in any layout, are the backbone's; those of parts that it does not
-    have (a head, a neck, later stages) are dropped. Tensors of modules that a subclass adds, in
-    blocks too, are optional.
+    Tensors under ``prefix``, in any layout, are the backbone's; those of other parts of a model
+    (a head, a neck) and of later stages are dropped, unknown ones are left to PyTorch. Tensors
+    of modules that a subclass adds, in blocks too, are optional.
 
     Raises:
         CheckpointError: If ``refuse`` and a part of the backbone would be left random, or a
@@ -212,11 +212,15 @@ def adapt_state_dict(
             f'{where}{": " if where else ""}{_explain(found, expected, offered, problem)} '
             'Nothing was loaded.'
         )
+    names = {re.sub(r'^(module\.)+', '', key): value for key, value in offered.items()}
+    of_model = any(name.startswith('backbone.') for name in names)
     added = {key.partition('.')[0] for key in own.keys() - expected.keys()}
-    for key, value in offered.items():
-        name = re.sub(r'^(module\.)*(backbone\.)?', '', key)
-        if name.partition('.')[0] in added:
-            state_dict[prefix + name] = value
+    for name, value in names.items():
+        own_name = name.removeprefix('backbone.')
+        part = own_name.partition('.')[0]
+        others = name == own_name if of_model else part == 'head'
+        if part in added or not (others or _VAN.fullmatch(convert_key(name))):
+            state_dict[prefix + own_name] = value
     state_dict.update((prefix + key, value) for key, value in found.items())
 
 
@@ -249,12 +253,14 @@ def _explain(found: Mapping, expected: Mapping, offered: Mapping, problem: str) 
     """Describe the tensors and the backbone, and say what to change."""
     weights, backbone = describe(found) or {}, describe(expected) or {}
     differ = {key for key in weights | backbone if weights.get(key) != backbone.get(key)}
-    kind = f'The weights are of {signature(found if weights else offered)}'
+    kind = f'The weights are {signature(found if weights else offered)}'
     if not differ:
         return f'{kind}, like this backbone, but {problem}.'
-    convertible = {'kernel_size', 'attention', 'in_channels'} | ({'deploy'} - weights.keys())
-    tools = ' (with a tool in tools/model_converters)' if differ <= convertible else ''
-    return (
-        f'{kind}, this backbone is {signature(expected)}: {problem}. '
-        f'Change the backbone in the config, or the checkpoint{tools}.'
-    )
+    advice = 'Change the backbone in the config, or the checkpoint'
+    if differ <= {'kernel_size', 'in_channels'}:
+        advice = (
+            "Change the backbone in the config, or use init_cfg=dict(type='ResizedPretrained')"
+        )
+    elif differ <= {'kernel_size', 'in_channels', 'attention'} | ({'deploy'} - weights.keys()):
+        advice += ' (with a tool in tools/model_converters)'
+    return f'{kind}, this backbone is {signature(expected)}: {problem}. {advice}.'

@@ -9,7 +9,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
 from .match import describe, first_stages, read_state
-from .names import convert_state_dict, from_file, get_state_dict
+from .names import CheckpointError, convert_state_dict, from_file, get_state_dict
 from .resize import resize_channels, resize_kernels, summarize_errors
 
 
@@ -53,12 +53,15 @@ class ResizedPretrained:
         state, found = read_state(stages or tensors, self.checkpoint)
         size, channels = expected['kernel_size'], expected['in_channels']
         if {**found, 'kernel_size': size, 'in_channels': channels} == expected:
-            state = resize_channels(state, channels)
-            state, errors = resize_kernels(state, size, self.nearest)
+            try:
+                state = resize_channels(state, channels)
+                state, errors = resize_kernels(state, size, self.nearest)
+            except CheckpointError as error:
+                raise CheckpointError(f'{self.checkpoint}: {error}') from None
             print_log(
-                f'{self.checkpoint}: attention kernels of size {found["kernel_size"]} resized to '
-                f'{size}, {summarize_errors(errors)}; image channels {found["in_channels"]}, now '
-                f'{channels}',
+                f'{self.checkpoint}: resized from kernel_size={found["kernel_size"]}, '
+                f'in_channels={found["in_channels"]} to {size}, {channels}: '
+                f'{summarize_errors(errors)}',
                 logger='current',
             )
         load_state_dict(module, from_file(state, self.checkpoint), logger='current')

@@ -135,7 +135,8 @@ def read(path: str, map_location: Any = None) -> Any:
         start = file.read(32)
     zipped = start.startswith(b'PK\3\4')
     if not zipped and (_LEGACY not in start[:16] or tarfile.is_tarfile(path)):
-        raise ValueError('an unknown format')
+        web = start.lstrip()[:1] == b'<'
+        raise ValueError('a web page, not the file' if web else 'an unknown format')
     sizes, room = (storage_sizes(path), 0) if zipped else ({}, os.path.getsize(path))
     kind = type('Unpickler', (_Unpickler,), dict(sizes=sizes, room=room))
 

@@ -88,8 +88,7 @@ def resize_kernels(
         lost = sum(_outside(a, b) for a, b in zip(old, new))
         if lost and not nearest:
             raise CheckpointError(
-                f'{gate}: {lost} nonzero taps, {old[-1].dilation} pixels apart, do not fit into '
-                f'kernel size {sizes[stage]}, whose taps are {new[-1].dilation} apart; the '
+                f'{gate}: kernel size {sizes[stage]} has no place for {lost} nonzero taps; the '
                 'function would change. nearest=True (--nearest) takes the nearest kernels '
                 'instead.'
             )

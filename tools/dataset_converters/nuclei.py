@@ -9,7 +9,7 @@ writes, from the image and label map in SRC (demo/nuclei),
 
 or the --formats chosen: coco, which needs pycocotools; ade; or bands, like ade but in
 OUT/bands, with four bands per image: itself, and blurred by 1, 2 and 4 pixels.
-Columns before VAL_COLUMN are for training, the others for validation: no
+The first 11/16 of the columns are for training, the others for validation: no
 pixel is in both. A nucleus on the border is split between the two.
 """
 
@@ -26,7 +26,6 @@ from lska_mm.cli import make_parser, read_image, report_errors
 from lska_mm.weights.convert import written_beside
 
 FORMATS = ['coco', 'ade', 'bands']
-VAL_COLUMN = 352
 BLURS = (1, 2, 4)  # pixels
 MIN_AREA = 10  # pixels; smaller pieces of a nucleus on the border are dropped
 ADE_SPLITS = dict(train='training', val='validation')
@@ -87,13 +86,16 @@ def convert(source: Path, out: Path, formats: Sequence[str]) -> None:
             'expected a label map of the size of the image.'
         )
 
-    columns = dict(train=slice(None, VAL_COLUMN), val=slice(VAL_COLUMN, None))
+    border = image.shape[1] * 11 // 16
+    columns = dict(train=slice(0, border), val=slice(border, image.shape[1]))
     for image_id, (split, part) in enumerate(columns.items(), start=1):
         tile, tile_labels = image[:, part], labels[:, part]
         _, areas = np.unique(tile_labels[tile_labels > 0], return_counts=True)
         nuclei = int((areas >= MIN_AREA).sum())
         if not nuclei:
-            raise ValueError(f'{source}: the columns for {split} have no nucleus.')
+            raise ValueError(
+                f'{source}: columns {part.start} to {part.stop - 1}, for {split}, have no nucleus.'
+            )
         height, width = tile.shape[:2]
         if 'coco' in formats:
             data = dict(

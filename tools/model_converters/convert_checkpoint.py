@@ -66,7 +66,7 @@ def main() -> None:
                     f'{gate}: relative error {error.max():.3g} at most, '
                     f'{error.mean():.3g} on average'
                 )
-            print(f'other kernels: {summarize_errors(errors)}')
+            print(f'kernels resized, {summarize_errors(errors)}')
         return state
 
     convert(args.src, args.dst, transform)
