@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,6 @@ import numpy as np
 import pytest
 import torch
 import yapf.yapflib.yapf_api  # noqa: F401  fills its cache before processes race for it
-from mmengine.logging import MessageHub
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from lska_mm import LSKAVAN  # registers it too
@@ -106,75 +104,18 @@ def largest_difference(ours, theirs, sides, dtype=torch.float64):
     return max(differences)
 
 
+class Bomb:
+    """Makes a folder when it is unpickled in the ordinary way."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
 def written_file(printed):
     return Path(printed.strip().splitlines()[-1].removeprefix('written to '))
-
-
-def detection_data(cfg):
-    """Two images with random boxes, and masks where the config loads them."""
-    from mmdet.testing import demo_mm_inputs
-
-    masks = any(transform.get('with_mask') for transform in cfg.train_pipeline)
-    return demo_mm_inputs(2, image_shapes=[(3, 96, 128), (3, 64, 96)], with_mask=masks)
-
-
-def segmentation_data(cfg):
-    """Two images with random labels of ADE20K's classes."""
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    samples = [
-        SegDataSample(
-            gt_sem_seg=PixelData(data=torch.randint(150, (1, 64, 96))),
-            metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96)),
-        )
-        for _ in range(2)
-    ]
-    inputs = [torch.randint(256, (3, 64, 96), dtype=torch.uint8) for _ in samples]
-    return dict(inputs=inputs, data_samples=samples)
-
-
-def classification_data(cfg):
-    """Two images with labels."""
-    from mmpretrain.structures import DataSample
-
-    inputs = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
-    return dict(inputs=inputs, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
-
-
-DATA = dict(mmdet=detection_data, mmseg=segmentation_data, mmpretrain=classification_data)
-
-
-def build_model(cfg):
-    """A config's model with random weights, the same ones each time."""
-    torch.manual_seed(0)
-    init_default_scope(cfg.default_scope)
-    cfg.model.backbone.init_cfg = None
-    if 'num_queries' in cfg.model:  # no more than the small images have pixels
-        cfg.model.num_queries = 100
-    rcnn = (cfg.model.get('train_cfg') or {}).get('rcnn') or []
-    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:  # regions that a head trains on
-        if 'num' in stage.get('sampler', {}):
-            stage.sampler.num = 16
-    if cfg.default_scope == 'mmpretrain':
-        cfg.model.data_preprocessor = cfg.data_preprocessor
-    if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = (64, 96)
-    model = MODELS.build(cfg.model).train()
-    model.init_weights()
-    return model
-
-
-def train_one_step(cfg, data):
-    """Build a config's model, check a step of it; the model."""
-    model = build_model(cfg)
-    MessageHub.get_current_instance().update_info('epoch', 0)  # as the Runner does
-    weight = next(p for p in model.backbone.parameters() if p.requires_grad)
-    before = weight.clone()
-    losses = model.train_step(data(cfg), build_optim_wrapper(model, cfg.optim_wrapper))
-    assert losses['loss'].isfinite()
-    assert not torch.equal(weight, before)
-    return model
 
 
 def copy_repository(folder):
@@ -239,6 +180,24 @@ def run(python):
         return result.stdout
 
     return _run
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run a script of the repository in this process; its exit code, and its output or error."""
+
+    def _main(script, *words):
+        path, code = ROOT / script, 0
+        monkeypatch.setattr(sys, 'argv', [path.name, *map(str, words)])
+        monkeypatch.setattr(sys, 'path', [str(path.parent), *sys.path])
+        try:
+            runpy.run_path(str(path), run_name='__main__')
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return (code, err if code else out) if isinstance(code, int) else (1, code)
+
+    return _main
 
 
 @pytest.fixture

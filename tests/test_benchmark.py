@@ -45,16 +45,6 @@ def test_other_engines_and_several_runs(benchmark, tmp_path):
     assert ' to ' in (tmp_path / 'benchmark.md').read_text()
 
 
-def test_onnx_in_training_is_refused(benchmark):
-    assert '--compiled, --onnx and --openvino are for inference on a CPU' in benchmark(
-        '--onnx', '--train', code=2
-    )
-
-
-def test_a_precision_without_an_engine_is_refused(benchmark):
-    assert 'give --onnx or --openvino' in benchmark('--precisions', 'int8', code=2)
-
-
 def test_a_busy_machine_is_refused(benchmark, tmp_path):
     assert 'of the CPUs are busy' in benchmark('--max-busy', -1, code=1)
     assert not list(tmp_path.iterdir())

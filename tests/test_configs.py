@@ -12,9 +12,9 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import DATA, ROOT, load_tool, train_one_step
+from conftest import ROOT, load_tool
 from lska_mm.models.archs import ARCHS
-from trainings import classifier
+from trainings import DATA, classifier, train_one_step
 
 ALL = sorted((ROOT / 'configs').glob('*/*.py'))
 CONFIGS = [path for path in ALL if 'dota' not in path.stem]  # of mmrotate: test_rotate.py

@@ -68,15 +68,3 @@ def test_nuclei_as_ade20k(nuclei):
         assert np.array_equal(semantic, np.where(labels[part] > 0, 2, 1))
         shape = mmcv.imread(str(nuclei / f'ade/images/{split}/nuclei.png')).shape[:2]
         assert shape == semantic.shape
-
-
-def test_nuclei_from_a_folder_without_images(run, tmp_path):
-    printed = run('python', 'tools/dataset_converters/nuclei.py', tmp_path, code=1)
-    assert f"No such file or directory: '{tmp_path}/image.png'" in printed
-
-
-def test_nuclei_of_unequal_sizes(run, tmp_path):
-    mmcv.imwrite(np.zeros((8, 8), np.uint8), str(tmp_path / 'image.png'))
-    mmcv.imwrite(np.zeros((8, 9), np.uint8), str(tmp_path / 'labels.png'))
-    printed = run('python', 'tools/dataset_converters/nuclei.py', tmp_path, code=1)
-    assert 'image.png is (8, 8), labels.png (8, 9)' in printed

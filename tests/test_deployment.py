@@ -479,10 +479,3 @@ def test_a_resnet_with_gates_is_exported(gated, run, tmp_path):
     printed = run(*command, '--size', '64x64')
     assert 'not folded: ' in printed
     assert f'written to {out}' in printed
-
-
-def test_a_resnet_with_gates_has_nothing_to_deploy(gated, run, tmp_path):
-    tool = 'tools/model_converters/reparameterize_model.py'
-    printed = run('python', tool, gated[1], tmp_path / 'deployed.pth', code=1)
-    assert 'holds no LSKA-VAN' in printed
-    assert not list(tmp_path.glob('deployed*'))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import ROOT, detection_data, segmentation_data, train_one_step
+from conftest import ROOT
+from trainings import detection_data, segmentation_data, train_one_step
 
 DETECTOR = """\
 _base_ = 'mmdet::{base}.py'

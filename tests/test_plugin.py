@@ -8,7 +8,8 @@ import torchvision
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import DATA, ROOT, build_model, train_one_step
+from conftest import ROOT
+from trainings import DATA, build_model, train_one_step
 
 RETINANET = ROOT / 'configs/detection/retinanet_r50-lska_fpn_1x_coco.py'
 WIDTHS = [32, 64, 128, 256]

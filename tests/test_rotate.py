@@ -6,7 +6,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import ROOT, build_model, train_one_step
+from conftest import ROOT
+from trainings import build_model, train_one_step
 
 CONFIGS = sorted((ROOT / 'configs/detection').glob('*_dota-le90.py'))
 

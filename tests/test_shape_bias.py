@@ -34,20 +34,6 @@ def test_shape_bias(run, tmp_path):
     assert {name: d.shape_bias for name, d in by_class.items()} == {'cat': 2 / 3, 'dog': 1}
 
 
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        ('a,b\n', 'lacks the columns subj, object_response, category, imagename.'),
-        (HEAD, 'holds no image whose shape and texture differ'),
-    ],
-)
-def test_other_files_have_no_shape_bias(run, tmp_path, text, message):
-    (tmp_path / 'x.csv').write_text(text)
-    words = [tmp_path / 'x.csv', '--out', tmp_path / 'x.png']
-    assert message in run('python', TOOL, *words, code=1)
-    assert not (tmp_path / 'x.png').exists()
-
-
 @pytest.mark.soak
 def test_cue_conflict_has_what_its_config_wants(run, tmp_path):
     printed = run('python', '.dev_scripts/cue_conflict.py', '--out', tmp_path)

@@ -37,19 +37,6 @@ def test_a_short_soak(run, nuclei, tmp_path):
     assert min(int(row['iter']) for row in rows if row['runner'] == '2') > 1
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message', 'code'),
-    [
-        (['config.py', '--minutes', 'nan'], '--minutes: nan is not above 0', 2),
-        (['config.py', '--runners', 0], '--runners must be 1 or more', 2),
-        (['nowhere.py'], "soak.py: [Errno 2] No such file or directory: 'nowhere.py'", 1),
-    ],
-)
-def test_wrong_arguments(arguments, message, code, run, tmp_path):
-    command = ['python', '.dev_scripts/soak.py', *arguments, '--out', tmp_path / 'out']
-    assert message in run(*command, code=code)
-
-
 def test_growth_is_seen():
     samples = [dict(seconds=i, main_mib=100 + (i if i > 10 else 20)) for i in range(101)]
     assert growth(samples, 'main_mib', 0.2) == (129.5, 61)

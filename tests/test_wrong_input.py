@@ -1,9 +1,11 @@
 """Every tool ends with one line where a file is not what it should be, and writes nothing."""
 
-import runpy
+import re
 import shutil
 import sys
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -11,18 +13,26 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.onnx.utils import export
 
-from conftest import ROOT, published_state
+from conftest import ROOT, Bomb, published_state
 from lska_mm.weights.convert import convert
 
 DIGITS = ROOT / 'demo/lska-van-tiny_digits.py'
 NUCLEI = ROOT / 'demo/lska-van-tiny_fpn_nuclei.py'
 FIRST = 'patch_embed1.proj.weight'
 IMAGE = ROOT / 'demo/nuclei/image.png'
+GATED = """
+default_scope = 'mmdet'
+custom_imports = dict(imports=['lska_mm'], allow_failed_imports=False)
+plugin = dict(cfg=dict(type='LSKA', kernel_size=11), position='after_conv3')
+model = dict(
+    type='RetinaNet',
+    backbone=dict(type='ResNet', depth=50, stem_channels=8, base_channels=8, plugins=[plugin]))
+"""
 
 
 @pytest.fixture(scope='module')
 def weights(published_file, tmp_path_factory):
-    """Good weights, but not for what they are given to."""
+    """Weights that are damaged, or not for what they are given to."""
     folder = tmp_path_factory.mktemp('weights')
 
     def save(name, model):
@@ -34,9 +44,19 @@ def weights(published_file, tmp_path_factory):
     save('deployed.pth', classifier)
     init_default_scope('mmseg')
     save('segmentor.pth', MODELS.build(Config.fromfile(NUCLEI).model))
-    bands = published_state()
-    bands[FIRST] = bands[FIRST][:, [0, 1, 2, 0]]
-    torch.save(bands, folder / 'bands.pth')
+    (folder / 'gated.py').write_text(GATED)
+    gated = MODELS.build(Config.fromfile(folder / 'gated.py').model.backbone)
+    save('gated.pth', nn.ModuleDict(dict(backbone=gated)))
+    for name, key, change in (
+        ('bands.pth', FIRST, lambda x: x[:, [0, 1, 2, 0]]),
+        ('nan.pth', 'norm1.bias', lambda x: x / 0),
+        ('shape.pth', 'norm1.bias', lambda x: x[1:]),
+    ):
+        state = published_state()
+        torch.save({**state, key: change(state[key])}, folder / name)
+    torch.save(dict(state_dict={}, args=Bomb(folder / 'ran')), folder / 'bomb.pth')
+    torch.load(folder / 'bomb.pth', weights_only=False)
+    (folder / 'ran').rmdir()  # it works
     classifier = nn.Sequential(nn.Conv2d(4, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for name, graph, bands in (('bands', classifier, 4), ('maps', nn.Conv2d(3, 2, 1), 3)):
         axes = dict(images={0: 'b', 2: 'h', 3: 'w'}, logits={0: 'b', 2: 'h', 3: 'w'})
@@ -58,10 +78,15 @@ def files(digits, weights, tmp_path, monkeypatch):
     for name in ('image.png', 'labels.png', 'class/image.png'):
         (tmp_path / 'texts' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'texts' / name).write_text('not what you think')
+    for name, side in (('image.png', 8), ('labels.png', 9)):
+        mmcv.imwrite(np.zeros((8, side), np.uint8), str(tmp_path / 'unequal' / name))
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(digits)
     for severity in range(1, 6):
         (tmp_path / f'corrupted/fog/{severity}').mkdir(parents=True)
+        if severity != 3:
+            (tmp_path / f'lacking/fog/{severity}').mkdir(parents=True)
+    (tmp_path / 'header.csv').write_text('subj,object_response,category,imagename\n')
     (tmp_path / 'text.txt').write_text('not what you think')
     (tmp_path / 'empty').write_text('')
     shutil.copy(DIGITS, tmp_path / 'config.py')
@@ -69,21 +94,27 @@ def files(digits, weights, tmp_path, monkeypatch):
     return tmp_path
 
 
-# Arguments, of which CONFIG, CHECKPOINT, IMAGE and FOLDER are right but for one.
-REPARAMETERIZE = 'model_converters/reparameterize_model.py'
 CONVERT = 'model_converters/convert_checkpoint.py'
+REPARAMETERIZE = 'model_converters/reparameterize_model.py'
+CORRUPT, IMAGENET_C = 'dataset_converters/imagenet_c.py', 'analysis_tools/imagenet_c.py'
+COMPARE, NUCLEI_TOOL = 'analysis_tools/compare_kernels.py', 'dataset_converters/nuclei.py'
+ERF, ATTENTION = 'visualization/erf.py', 'visualization/attention.py'
+EXPORT, QUANTIZE = 'deployment/export_onnx.py', 'deployment/quantize.py'
+SOAK, BENCHMARK = '../.dev_scripts/soak.py', '../.dev_scripts/benchmark.py'
+SHAPE_BIAS = '../.dev_scripts/shape_bias.py'
+# Arguments, of which CONFIG, CHECKPOINT, IMAGE and FOLDER are right but for one.
 TOOLS = {
     'train.py': 'CONFIG --resume CHECKPOINT',
     'test.py': 'CONFIG CHECKPOINT',
     CONVERT: 'CHECKPOINT out/new.pth',
     REPARAMETERIZE: 'CHECKPOINT out/new.pth',
-    'deployment/export_onnx.py': 'CONFIG CHECKPOINT out/new.onnx',
-    'visualization/attention.py': 'CONFIG CHECKPOINT IMAGE --out out/new.png',
-    'visualization/erf.py': '--model CONFIG CHECKPOINT --images FOLDER --out out/new.png',
-    'analysis_tools/imagenet_c.py': 'CONFIG CHECKPOINT corrupted --work-dir work',
-    'dataset_converters/imagenet_c.py': 'FOLDER --out out --corruptions fog',
-    'dataset_converters/nuclei.py': 'FOLDER --out out',
-    '../.dev_scripts/shape_bias.py': 'CSV --out out/new.png',
+    EXPORT: 'CONFIG CHECKPOINT out/new.onnx',
+    ATTENTION: 'CONFIG CHECKPOINT IMAGE --out out/new.png',
+    ERF: '--model CONFIG CHECKPOINT --images FOLDER --out out/new.png',
+    IMAGENET_C: 'CONFIG CHECKPOINT corrupted --work-dir work',
+    CORRUPT: 'FOLDER --out out --corruptions fog',
+    NUCLEI_TOOL: 'FOLDER --out out',
+    SHAPE_BIAS: 'CSV --out out/new.png',
     '../.dev_scripts/seeds.py': 'WORK_DIR',
 }
 WRONG = {
@@ -97,6 +128,7 @@ WRONG = {
         'text.txt': 'text.txt is damaged, or not a checkpoint',
         'empty': 'empty is damaged, or not a checkpoint',
         'other.pth': 'other.pth',
+        'bomb.pth': 'bomb.pth was refused: it holds posix.mkdir, and loading that could run code',
     },
     'IMAGE': {
         'folder': "Is a directory: 'folder'",
@@ -130,71 +162,108 @@ NOT_DEPLOYED = 'in_channels=3, deploy=True), this backbone is'
 WRONG_BACKBONE = 'cannot be loaded into the backbone of the config'
 OTHER_TASK = 'tensors are missing (first: head.fc.weight)'
 KERNELS = '--kernel-sizes 23 24 --out out'
-ERF = '--model CONFIG --images FOLDER --out out/new.png'
-ATTENTION = 'CONFIG CHECKPOINT IMAGE --out out/new.png'
-QUANTIZE, DEPLOYED = 'deployment/quantize.py', 'deployment/test.py'
+DRAW = '--model CONFIG --images FOLDER --out out/new.png'
+DRAW_TRAINED = DRAW.replace('CONFIG', 'CONFIG CHECKPOINT')
 REFUSED = [
     ('test.py', 'CONFIG deployed.pth', NOT_DEPLOYED),
     ('test.py', 'CONFIG segmentor.pth', OTHER_TASK),
     (REPARAMETERIZE, 'deployed.pth out/new.pth', 'is deployed already.'),
-    ('deployment/export_onnx.py', 'CONFIG deployed.pth out/new.onnx', NOT_DEPLOYED),
-    ('deployment/export_onnx.py', 'CONFIG segmentor.pth out/new.onnx', OTHER_TASK),
-    ('analysis_tools/imagenet_c.py', 'CONFIG segmentor.pth corrupted --work-dir work', OTHER_TASK),
+    (REPARAMETERIZE, 'gated.pth out/new.pth', 'holds no LSKA-VAN'),
+    (REPARAMETERIZE, 'nan.pth out/new.pth', 'tensors hold NaN'),
+    (REPARAMETERIZE, 'shape.pth out/new.pth', 'tensors differ in shape'),
+    (EXPORT, 'CONFIG deployed.pth out/new.onnx', NOT_DEPLOYED),
+    (EXPORT, 'CONFIG segmentor.pth out/new.onnx', OTHER_TASK),
+    (IMAGENET_C, 'CONFIG segmentor.pth corrupted --work-dir work', OTHER_TASK),
+    (IMAGENET_C, 'CONFIG CHECKPOINT folder --work-dir work', 'No corruption in folder'),
+    (IMAGENET_C, 'CONFIG CHECKPOINT lacking --work-dir work', 'lacks fog/3.'),
+    (CORRUPT, 'FOLDER --out out --corruptions rain', 'Unknown corruptions: rain; known'),
+    (CORRUPT, 'FOLDER --out out --size 16x16', '--size must be a square of 32x32 or more'),
+    (CORRUPT, 'FOLDER --out out --size 64x48', '--size must be a square of 32x32 or more'),
+    (NUCLEI_TOOL, 'unequal --out out', 'image.png is (8, 8), labels.png (8, 9)'),
     (CONVERT, 'SAME same.pth', 'is the file to convert; choose another'),
     (CONVERT, 'SAME same.pth --in-channels 3', 'is the file to convert; choose another'),
     (CONVERT, 'CHECKPOINT out/new.pth --in-channels 0', 'in_channels=0 is less than 1.'),
     (CONVERT, 'bands.pth out/new.pth --in-channels 3', 'only those for 1 or 3 can be resized'),
     (CONVERT, 'CHECKPOINT out/new.pth --kernel-size 24', 'kernel_size=24 cannot be split'),
     (CONVERT, 'CHECKPOINT out/new.pth --separate', 'The kernels are 1-D already'),
-    ('analysis_tools/compare_kernels.py', KERNELS, 'kernel_size=24 cannot be split'),
-    ('analysis_tools/compare_kernels.py', '--size 32x32 --out out', 'larger than 32x32'),
-    ('analysis_tools/compare_kernels.py', '--out text.txt', "File exists: 'text.txt'"),
-    ('visualization/erf.py', f'{ERF} --device gpu', "argument --device: 'gpu': "),
-    ('visualization/erf.py', f'{ERF} --device cuda:99', "argument --device: 'cuda:99': "),
-    ('visualization/attention.py', f'{ATTENTION} --device meta', "argument --device: 'meta': "),
-    ('visualization/erf.py', ERF.replace('out/new', 'text.txt/new'), 'text.txt is not a folder'),
-    ('visualization/attention.py', 'CONFIG other.pth IMAGE --out out/new.png', WRONG_BACKBONE),
+    (COMPARE, KERNELS, 'kernel_size=24 cannot be split'),
+    (COMPARE, '--size 32x32 --out out', 'larger than 32x32'),
+    (COMPARE, '--out text.txt', "File exists: 'text.txt'"),
+    (ERF, DRAW.replace('out/new.png', 'folder'), 'folder does not end in .png'),
+    (ERF, f'{DRAW} --size 64', "'64' is not HEIGHTxWIDTH"),
+    (ERF, f'{DRAW} --size 48x48', 'The last map of 48 pixels has 2 points'),
+    (
+        ERF,
+        DRAW.replace('CONFIG', 'gated.py --kernel-sizes 7'),
+        'is for LSKAVAN, gated.py has none.',
+    ),
+    (ERF, f'{DRAW_TRAINED} --kernel-sizes 7', '--kernel-sizes takes one --model, without a check'),
+    (ERF, f'{DRAW_TRAINED} --cfg-options model.backbone.kernel_size=7', 'kernel_size=23'),
+    (ERF, f'{DRAW} --device gpu', "argument --device: 'gpu': "),
+    (ERF, f'{DRAW} --device cuda:99', "argument --device: 'cuda:99': "),
+    (
+        ATTENTION,
+        'CONFIG CHECKPOINT IMAGE --out out/new.png --device meta',
+        "argument --device: 'meta': ",
+    ),
+    (ERF, DRAW.replace('out/new', 'text.txt/new'), 'text.txt is not a folder'),
+    (ATTENTION, 'CONFIG other.pth IMAGE --out out/new.png', WRONG_BACKBONE),
+    (
+        ATTENTION,
+        'gated.py gated.pth IMAGE --out out/new.png',
+        'The backbone is ResNet; expected LSKAVAN.',
+    ),
     ('test.py', 'NUCLEI segmentor.pth --out out.pkl', '--out of a segmentor must be a folder'),
     (QUANTIZE, 'CONFIG empty out/new.onnx', 'empty is not an ONNX file.'),
     (QUANTIZE, 'CONFIG text.txt out/new.onnx', 'text.txt is not an ONNX file.'),
     (QUANTIZE, 'CONFIG bands.onnx out/new.onnx', 'bands.onnx does not take the images: '),
-    (DEPLOYED, 'CONFIG empty', 'onnxruntime cannot open empty: '),
-    (DEPLOYED, 'CONFIG maps.onnx', 'gives logits of [0, 2, 0, 0], the config'),
-    (DEPLOYED, 'CONFIG bands.onnx', 'bands.onnx does not take ('),
-    (DEPLOYED, 'NUCLEI bands.onnx', 'gives logits of [0, 10], the config'),
-    ('../.dev_scripts/benchmark.py', KERNELS, 'kernel_size=24 cannot be split'),
-    ('../.dev_scripts/benchmark.py', '--out text.txt', "File exists: 'text.txt'"),
+    ('deployment/test.py', 'CONFIG empty', 'onnxruntime cannot open empty: '),
+    ('deployment/test.py', 'CONFIG maps.onnx', 'gives logits of [0, 2, 0, 0], the config'),
+    ('deployment/test.py', 'CONFIG bands.onnx', 'bands.onnx does not take ('),
+    ('deployment/test.py', 'NUCLEI bands.onnx', 'gives logits of [0, 10], the config'),
+    (BENCHMARK, KERNELS, 'kernel_size=24 cannot be split'),
+    (BENCHMARK, '--out text.txt', "File exists: 'text.txt'"),
+    (BENCHMARK, '--onnx --train --out out', '--onnx and --openvino are for inference on a CPU'),
+    (BENCHMARK, '--precisions int8 --out out', 'give --onnx or --openvino'),
+    (SOAK, 'CONFIG --minutes nan --out out', '--minutes: nan is not above 0'),
+    (SOAK, 'CONFIG --runners 0 --out out', '--runners must be 1 or more'),
+    (SOAK, 'missing.py --out out', "No such file or directory: 'missing.py'"),
+    (SHAPE_BIAS, 'header.csv --out out/new.png', 'holds no image whose shape'),
 ]
 MISSING = [
-    ('../.dev_scripts/benchmark.py', '--onnx --out out', 'onnxruntime'),
-    ('../.dev_scripts/benchmark.py', '--openvino --out out', 'openvino'),
-    ('deployment/export_onnx.py', 'CONFIG CHECKPOINT out/new.onnx', 'onnx'),
+    (BENCHMARK, '--onnx --out out', 'onnxruntime'),
+    (BENCHMARK, '--openvino --out out', 'openvino'),
+    (EXPORT, 'CONFIG CHECKPOINT out/new.onnx', 'onnx'),
 ]
 
 
 @pytest.fixture
-def refuse(files, published_file, monkeypatch, capsys):
+def refuse(files, weights, published_file, main):
     """Run a tool, which must end with one line and without a file; returns the line."""
 
     def _refuse(tool, words, **changed):
         [same] = files.glob('same-*.pth')
         known = dict(CONFIG=DIGITS, CHECKPOINT=published_file, IMAGE=IMAGE, FOLDER=IMAGE.parent,
                      SAME=same.name, NUCLEI=NUCLEI)  # fmt: skip
-        name = tool.rpartition('/')[2]
-        arguments = [str({**known, **changed}.get(word, word)) for word in words.split()]
-        monkeypatch.setattr(sys, 'argv', [name, *arguments])
-        monkeypatch.setattr(sys, 'path', [str((ROOT / 'tools' / tool).parent), *sys.path])
-        with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-        assert exit_.value.code
-        code = exit_.value.code  # or the line itself
-        printed = capsys.readouterr().err if code in (1, 2) else code
+        arguments = [{**known, **changed}.get(word, word) for word in words.split()]
+        code, printed = main(f'tools/{tool}', *arguments)
+        assert code
         last = printed.strip().splitlines()[-1]
-        assert last.startswith(f'{name}: ')
+        assert last.startswith(f'{tool.rpartition("/")[2]}: ')
         assert not list(files.glob('out/*.*'))
+        assert not (weights / 'ran').exists()
         return last
 
     return _refuse
+
+
+def test_every_tool_that_reads_a_checkpoint_is_here():
+    argument = re.compile(
+        r"add_argument\(\s*'(checkpoint'|--model'|--resume')|= parse_args\(|converter_parser\("
+    )
+    paths = [path for path in ROOT.glob('tools/**/*.py') if argument.search(path.read_text())]
+    tools = [tool for tool, words in TOOLS.items() if 'CHECKPOINT' in words]
+    assert sorted(str(path.relative_to(ROOT / 'tools')) for path in paths) == sorted(tools)
 
 
 @pytest.mark.parametrize(('tool', 'kind', 'wrong'), CELLS)

@@ -1,7 +1,15 @@
-"""Small trainings of the three tasks, as configs: 8 channels, few images, a second or two."""
+"""Small trainings of the three tasks.
+
+As configs for the Runner, with 8 channels, few images, of a second or two; and one step of a
+config's own model.
+"""
 
 import cv2
+import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 from sklearn.datasets import load_digits
 
 from conftest import ROOT
@@ -65,3 +73,73 @@ def shrink(cfg, work_dir):
     cfg.default_hooks.logger.interval = 1
     cfg.work_dir = str(work_dir)
     return cfg
+
+
+# --- One step ---------------------------------------------------------------------------
+
+
+def detection_data(cfg):
+    """Two images with random boxes, and masks where the config loads them."""
+    from mmdet.testing import demo_mm_inputs
+
+    masks = any(transform.get('with_mask') for transform in cfg.train_pipeline)
+    return demo_mm_inputs(2, image_shapes=[(3, 96, 128), (3, 64, 96)], with_mask=masks)
+
+
+def segmentation_data(cfg):
+    """Two images with random labels of ADE20K's classes."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    samples = [
+        SegDataSample(
+            gt_sem_seg=PixelData(data=torch.randint(150, (1, 64, 96))),
+            metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96)),
+        )
+        for _ in range(2)
+    ]
+    inputs = [torch.randint(256, (3, 64, 96), dtype=torch.uint8) for _ in samples]
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def classification_data(cfg):
+    """Two images with labels."""
+    from mmpretrain.structures import DataSample
+
+    inputs = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    return dict(inputs=inputs, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
+
+
+DATA = dict(mmdet=detection_data, mmseg=segmentation_data, mmpretrain=classification_data)
+
+
+def build_model(cfg):
+    """A config's model with random weights, the same ones each time."""
+    torch.manual_seed(0)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    if 'num_queries' in cfg.model:  # no more than the small images have pixels
+        cfg.model.num_queries = 100
+    rcnn = (cfg.model.get('train_cfg') or {}).get('rcnn') or []
+    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:  # regions that a head trains on
+        if 'num' in stage.get('sampler', {}):
+            stage.sampler.num = 16
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (64, 96)
+    model = MODELS.build(cfg.model).train()
+    model.init_weights()
+    return model
+
+
+def train_one_step(cfg, data):
+    """Build a config's model, check a step of it; the model."""
+    model = build_model(cfg)
+    MessageHub.get_current_instance().update_info('epoch', 0)  # as the Runner does
+    weight = next(p for p in model.backbone.parameters() if p.requires_grad)
+    before = weight.clone()
+    losses = model.train_step(data(cfg), build_optim_wrapper(model, cfg.optim_wrapper))
+    assert losses['loss'].isfinite()
+    assert not torch.equal(weight, before)
+    return model

@@ -3,7 +3,6 @@
 import argparse
 import collections
 import io
-import os
 import pickle
 import uuid
 import zipfile
@@ -21,16 +20,6 @@ from mmengine.logging import HistoryBuffer
 from conftest import SMALL
 from lska_mm import LSKAVAN, load_from_local
 from lska_mm.weights.names import CheckpointError
-
-
-class Bomb:
-    """Makes a folder when it is unpickled in the ordinary way."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
 
 
 class Phase(Enum):

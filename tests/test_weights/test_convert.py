@@ -1,7 +1,5 @@
 """The converters on backbones of every kind of norm, MLP ratio and number of bands."""
 
-import contextlib
-import sys
 from itertools import product
 
 import pytest
@@ -10,7 +8,7 @@ from mmengine.config import Config
 from test_layouts import copies_layout
 from torch import nn
 
-from conftest import load_tool, small, written_file
+from conftest import small, written_file
 from lska_mm import LSKAVAN, ResizedPretrained
 
 TOOLS = 'tools/model_converters'
@@ -47,20 +45,17 @@ KINDS = {
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
+def convert(main):
     """Run a converter; returns the file it wrote, or the line it ended with."""
-    converter = load_tool(f'{TOOLS}/convert_checkpoint.py')
-    folding = load_tool(f'{TOOLS}/reparameterize_model.py')
 
-    def _convert(path, arguments, tool=None):
-        tool = folding if arguments is None or '--norm-eps' in arguments else converter
-        words = ['tool', path, path.with_name('converted.pth'), *(arguments or [])]
-        monkeypatch.setattr(sys, 'argv', [str(word) for word in words])
-        with contextlib.suppress(SystemExit):
-            tool.main()
-            return written_file(capsys.readouterr().out)
+    def _convert(path, arguments):
+        folds = arguments is None or '--norm-eps' in arguments
+        tool = f'{TOOLS}/{"reparameterize_model" if folds else "convert_checkpoint"}.py'
+        code, printed = main(tool, path, path.with_name('converted.pth'), *(arguments or []))
+        if not code:
+            return written_file(printed)
         assert list(path.parent.iterdir()) == [path]
-        return capsys.readouterr().err.splitlines()[-1]
+        return printed.splitlines()[-1]
 
     return _convert
 

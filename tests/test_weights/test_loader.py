@@ -5,10 +5,10 @@ import torch
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-from conftest import ROOT, published_state, small
+from conftest import ROOT, Bomb, published_state, small
 from lska_mm import LSKAVAN, load_from_local
 from lska_mm.weights.names import CheckpointError, convert_state_dict
-from pickles import Bomb, checkpoint, refused, same, save
+from pickles import checkpoint, refused, same, save
 
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 PUBLISHED = published_state()

@@ -6,10 +6,11 @@ from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from conftest import GATE, ROOT, SMALL, build_model, published_state, small
+from conftest import GATE, ROOT, SMALL, published_state, small
 from lska_mm import LSKAVAN
 from lska_mm.weights.match import describe, load_whole
 from lska_mm.weights.names import CheckpointError, convert_state_dict
+from trainings import build_model
 
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 PUBLISHED = published_state()

@@ -153,8 +153,8 @@ def test_resize_tool_fits_and_keeps_meta(run, tmp_path):
     source = trained(kernel_size=11)
     meta = dict(dataset_meta=dict(classes=('a', 'b')), cfg='x = 1')
     torch.save(dict(meta=meta, state_dict=source.state_dict(), optimizer={}), tmp_path / 'in.pth')
-    command = ('python', CONVERT, tmp_path / 'in.pth', tmp_path / 'out.pth', '--kernel-size')
-    printed = run(*command, 23, '--nearest')
+    command = ('python', CONVERT, tmp_path / 'in.pth', tmp_path / 'out.pth')
+    printed = run(*command, '--kernel-size', 23, '--nearest')
     _, errors = resize_kernels(source.state_dict(), 23, nearest=True)
     error = errors[GATE]
     assert f'{GATE}: relative error {error.max():.3g} at most, {error.mean():.3g} on' in printed
@@ -163,8 +163,3 @@ def test_resize_tool_fits_and_keeps_meta(run, tmp_path):
     content = torch.load(written_file(printed), weights_only=True)
     assert content['meta'] == dict(dataset_meta=dict(classes=('a', 'b')))
     assert describe(content['state_dict'])['kernel_size'] == 23
-
-    written_file(printed).unlink()
-    refused = run(*command, 24, code=1)
-    assert refused.splitlines()[-1].startswith('convert_checkpoint.py: kernel_size=24 cannot be')
-    assert [path.name for path in tmp_path.iterdir()] == ['in.pth']
