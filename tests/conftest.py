@@ -94,6 +94,14 @@ def trained(**kwargs):
     return backbone
 
 
+def assert_same(found, expected, tolerance=1e-4):
+    """Compare maps in float32, relative to the largest value of each."""
+    for one, other in zip(found, expected, strict=True):
+        one, other = one.detach().float(), other.detach().float()
+        torch.testing.assert_close(one, other, rtol=tolerance,
+                                   atol=tolerance * other.abs().max().item())  # fmt: skip
+
+
 def largest_difference(ours, theirs, sides, dtype=torch.float64):
     ours, theirs = ours.to(dtype), theirs.to(dtype)
     differences = []

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -10,12 +9,12 @@ from torch import nn
 from torch.nn import functional
 
 from conftest import (
+    assert_same,
     load_tool,
     published,
     published_state,
     reference_error,
     reference_image,
-    small,
     trained,
 )
 from lska_mm.fast import cpu, door, gradients
@@ -25,13 +24,6 @@ from lska_mm.models.lska import ATTENTIONS, depthwise_conv
 
 LAST = torch.channels_last
 IMAGE = torch.rand(2, 3, 61, 83, generator=torch.Generator().manual_seed(0))
-
-
-def assert_same(found, expected, tolerance=1e-4):
-    for one, other in zip(found, expected, strict=True):
-        one, other = one.detach().float(), other.detach().float()
-        torch.testing.assert_close(one, other, rtol=tolerance,
-                                   atol=tolerance * other.abs().max().item())  # fmt: skip
 
 
 def plain(backbone, image):
@@ -202,137 +194,3 @@ def test_gradients_have_the_strides_of_their_weights(in_channels, layout, amp):
         outs = backbone(IMAGE[:, :in_channels])
     sum(out.float().square().mean() for out in outs).backward()
     assert not [name for name, p in backbone.named_parameters() if p.grad.stride() != p.stride()]
-
-
-# --- Packed weights of a deployed backbone ------------------------------------------------
-
-
-def deployed(seed=0):
-    backbone = trained()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    backbone.switch_to_deploy()
-    return backbone
-
-
-def packed(backbone):
-    return [block.__dict__.get('_packed', {}) for block in backbone.block1]
-
-
-def test_weights_are_packed():
-    backbone = deployed()
-    with torch.no_grad():
-        backbone(IMAGE)
-    assert all(len(weights) == 10 for weights in packed(backbone))
-
-
-def members(backbone):
-    """An ensemble by `functional_call`, whose members' memory is given to the next."""
-    for seed in range(4):
-        state = {key: v.clone() for key, v in deployed(seed).state_dict().items()}
-        yield seed, torch.func.functional_call(backbone, state, (IMAGE,))
-        del state
-
-
-def reloaded(backbone):
-    for seed in range(4):
-        backbone.load_state_dict(deployed(seed).state_dict())
-        yield seed, backbone(IMAGE)
-
-
-def assigned(backbone):
-    for seed in range(4):
-        backbone.load_state_dict(deployed(seed).state_dict(), assign=True)
-        yield seed, backbone(IMAGE)
-
-
-def swapped(backbone):
-    """Other memory behind the same parameters, as some trainers swap averaged weights in."""
-    for seed in range(4):
-        state = deployed(seed).state_dict()
-        for name, parameter in backbone.named_parameters():
-            parameter.data = state[name].clone()
-        yield seed, backbone(IMAGE)
-
-
-def of_other_precision(backbone):
-    for seed in range(4):
-        backbone.load_state_dict(deployed(seed).state_dict())
-        backbone(IMAGE)
-        backbone.double().float()
-        yield seed, backbone(IMAGE)
-
-
-def replaced(backbone):
-    for seed in range(4):
-        state = deployed(seed).state_dict()
-        for name, _ in list(backbone.named_parameters()):
-            path, _, last = name.rpartition('.')
-            setattr(backbone.get_submodule(path), last, nn.Parameter(state[name].clone()))
-        yield seed, backbone(IMAGE)
-
-
-def exchanged(backbone):
-    """By `torch.utils.swap_tensors`, which refuses tensors that others refer to weakly."""
-    for seed in range(4):
-        state = deployed(seed).state_dict()
-        for name, parameter in backbone.named_parameters():
-            torch.utils.swap_tensors(parameter, nn.Parameter(state[name].clone()))
-        yield seed, backbone(IMAGE)
-
-
-def stepped(backbone):
-    """By an optimizer."""
-    for seed in range(4):
-        target = deployed(seed)
-        for ours, theirs in zip(backbone.parameters(), target.parameters()):
-            ours.grad = ours.detach() - theirs.detach()
-        torch.optim.SGD(backbone.parameters(), lr=1.0).step()
-        yield seed, backbone(IMAGE)
-
-
-@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(
-    'change',
-    [members, reloaded, assigned, swapped, of_other_precision, replaced, stepped]
-    + [exchanged] * hasattr(torch.utils, 'swap_tensors'),  # not in torch 2.1
-)
-def test_packed_weights_never_outlive_their_weights(change, mode):
-    with torch.no_grad():
-        expected = {seed: deployed(seed)(IMAGE) for seed in range(4)}
-    for built_in_mode in (False, True):
-        with mode() if built_in_mode else torch.no_grad():
-            backbone = deployed()
-        with mode():
-            for seed, found in change(backbone):
-                assert_same(found, expected[seed])
-
-
-def test_copies_pack_for_themselves():
-    backbone = deployed()
-    with torch.no_grad():
-        before = backbone(IMAGE)
-        for clone in (copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))):
-            twin = clone(backbone)
-            if clone is not copy.copy:  # which shares everything
-                assert not any(packed(twin))
-                twin.load_state_dict(deployed(1).state_dict())
-                assert_same(twin(IMAGE), deployed(1)(IMAGE))
-            assert all(torch.equal(a, b) for a, b in zip(backbone(IMAGE), before))
-    assert not any('_packed' in key for key in backbone.state_dict())
-
-
-def test_weights_are_packed_for_the_size_of_the_maps():
-    """What suits large maps is up to twice as slow on small ones, and the other way round."""
-    backbone = small(deploy=True)
-
-    def weight(side):
-        with torch.no_grad():
-            backbone(torch.rand(1, 3, side, side))
-        return packed(backbone)[0][id(backbone.block1[0].mlp.fc1)][2]
-
-    first = weight(96)
-    assert weight(98) is first
-    assert weight(288) is not first

@@ -1,7 +1,6 @@
 """Norms and scales folded into convolutions."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune
 
+import changes
 from conftest import published, reference_error, reference_image, small, trained
 from lska_mm.models.lska import ATTENTIONS
 from lska_mm.weights.names import CheckpointError
@@ -79,85 +79,31 @@ def test_deploying_in_training_mode_ends_in_evaluation():
 
 PARTS = ('patch_embed1.proj', 'block1.0.attn.proj_1', 'block1.0.attn.proj_2', 'block1.1.mlp.fc1',
          'block2.0.mlp.fc2')  # fmt: skip
-PARAMETRIZE = r"call torch.nn.utils.parametrize.remove_parametrizations\(module, 'weight'\) first"
-
-
-def pruned(backbone, name):
-    prune.l1_unstructured(backbone.get_submodule(name), 'weight', 0.4)
-    return r"call torch.nn.utils.prune.remove\(module, 'weight'\) first"
-
-
-def weight_normed(backbone, name):
-    nn.utils.parametrizations.weight_norm(backbone.get_submodule(name))
-    return PARAMETRIZE
-
-
-def weight_normed_by_hooks(backbone, name):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        nn.utils.weight_norm(backbone.get_submodule(name))
-    return r"call torch.nn.utils.remove_weight_norm\(module, 'weight'\) first"
-
-
-def spectral_normed(backbone, name):
-    nn.utils.parametrizations.spectral_norm(backbone.get_submodule(name))
-    return PARAMETRIZE
-
-
-def spectral_normed_by_hooks(backbone, name):
-    nn.utils.spectral_norm(backbone.get_submodule(name))
-    return r"call torch.nn.utils.remove_spectral_norm\(module, 'weight'\) first"
-
-
-def hooked(backbone, name):
-    backbone.get_submodule(name).register_forward_hook(lambda module, inputs, out: 2 * out)
-    return 'it has 1 hooks, which would see other maps; remove them first'
-
-
-def hooked_before(backbone, name):
-    backbone.get_submodule(name).register_forward_pre_hook(lambda module, inputs: None)
-    return 'it has 1 hooks, which would see other maps; remove them first'
-
-
-def replaced_forward(backbone, name):
-    conv = backbone.get_submodule(name)
-    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
-    return 'its forward was replaced; restore it first'
-
-
-class Subclass(nn.Conv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def of_a_subclass(backbone, name):
-    backbone.get_submodule(name).__class__ = Subclass
-    return 'it is a Subclass, not the original Conv2d'
-
-
-def wrapped(backbone, name):
-    path, _, last = name.rpartition('.')
-    parent = backbone.get_submodule(path)
-    setattr(parent, last, nn.Sequential(getattr(parent, last), nn.Tanh()))
-    return 'it is a Sequential, not the original Conv2d'
-
-
-def without_bias(backbone, name):
-    backbone.get_submodule(name).bias = None
-    return 'it has no bias'
+FIRST = r"call torch.nn.utils.{}\(module, 'weight'\) first"
+HOOKS = 'it has 1 hooks, which would see other maps; remove them first'
+CHANGES = {  # and what the error says
+    changes.pruned: FIRST.format('prune.remove'),
+    changes.parametrized: FIRST.format('parametrize.remove_parametrizations'),
+    changes.weight_normed: FIRST.format('remove_weight_norm'),
+    nn.utils.spectral_norm: FIRST.format('remove_spectral_norm'),
+    changes.hooked: HOOKS,
+    changes.hooked_before: HOOKS,
+    changes.replaced_forward: 'its forward was replaced; restore it first',
+    changes.of_a_subclass: 'it is a Subclass, not the original Conv2d',
+    changes.Adapter: 'it is a Adapter, not the original Conv2d',
+    changes.without_bias: 'it has no bias',
+}
 
 
 @pytest.mark.parametrize('name', PARTS)
-@pytest.mark.parametrize('change', [
-    pruned, weight_normed, weight_normed_by_hooks, spectral_normed, spectral_normed_by_hooks,
-    hooked, hooked_before, replaced_forward, of_a_subclass, wrapped, without_bias,
-])  # fmt: skip
+@pytest.mark.parametrize('change', CHANGES)
 def test_a_changed_convolution_is_refused_and_nothing_changes(change, name):
     backbone, image = trained(), torch.rand(1, 3, 64, 64)
-    reason = change(backbone, name)
+    changes.apply(change, backbone, name)
+    message = f'^{name} cannot be folded: .*{CHANGES[change]}'
     with torch.no_grad():
         before = backbone(image)
-        with pytest.raises(TypeError, match=f'^{name} cannot be folded: .*{reason}') as error:
+        with pytest.raises(TypeError, match=message) as error:
             backbone.switch_to_deploy()
         assert len(str(error.value).splitlines()) == 1
         assert not backbone.deployed
@@ -165,12 +111,12 @@ def test_a_changed_convolution_is_refused_and_nothing_changes(change, name):
         backbone.train()(image)  # as it was
 
 
-def removed_pruning(backbone, conv):
+def removed_pruning(conv):
     prune.l1_unstructured(conv, 'weight', 0.4)
     prune.remove(conv, 'weight')
 
 
-def removed_weight_norm(backbone, conv):
+def removed_weight_norm(conv):
     nn.utils.parametrizations.weight_norm(conv)
     parametrize.remove_parametrizations(conv, 'weight')
 
@@ -179,7 +125,7 @@ def removed_weight_norm(backbone, conv):
 def test_what_the_error_says_helps(change):
     backbone, image = trained(), torch.rand(1, 3, 64, 64)
     for name in PARTS:
-        change(backbone, backbone.get_submodule(name))
+        change(backbone.get_submodule(name))
     assert_deployed_is_the_same(backbone, image)
 
 
