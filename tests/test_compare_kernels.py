@@ -40,9 +40,7 @@ def test_network_field_is_where_gradients_end(attention):
 
 
 @pytest.mark.parametrize(
-    'more',
-    [['--time'], pytest.param([], marks=pytest.mark.soak)],
-    ids=['timed', 'counted'],
+    'more', [['--time'], pytest.param([], marks=pytest.mark.soak)], ids=['timed', 'counted']
 )
 def test_compare_kernels(run, tmp_path, more):
     gates = ['LSKA'] if more else ['LSKA', 'LKA']

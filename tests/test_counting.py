@@ -13,11 +13,7 @@ plain_lska_van = load_tool('.dev_scripts/benchmarking/plain_lska_van.py').plain_
 
 @pytest.mark.parametrize(
     ('arch', 'parameters', 'multiply_adds'),
-    [
-        ('tiny', 4_029_000, 0.8326),
-        ('small', 13_732_776, 2.4501),
-        ('base', 26_292_776, 4.9062),
-    ],
+    [('tiny', 4_029_000, 0.8326), ('small', 13_732_776, 2.4501), ('base', 26_292_776, 4.9062)],
 )
 def test_counts_with_head(arch, parameters, multiply_adds):
     costs = counting.count_costs(counting.Classifier(arch, 23, 'LSKA'), (224, 224))

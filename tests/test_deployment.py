@@ -16,15 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from conftest import (
-    REFERENCE,
-    ROOT,
-    load_tool,
-    published,
-    reference_error,
-    reference_image,
-    small,
-)
+from conftest import REFERENCE, ROOT, load_tool, published, reference_error, reference_image, small
 
 export_onnx = load_tool('tools/deployment/export_onnx.py')
 

@@ -118,10 +118,7 @@ TOOLS = {
     '../.dev_scripts/seeds.py': 'WORK_DIR',
 }
 WRONG = {
-    'CONFIG': {
-        'folder': 'folder" does not exist',
-        'missing.py': 'missing.py',
-    },
+    'CONFIG': {'folder': 'folder" does not exist', 'missing.py': 'missing.py'},
     'CHECKPOINT': {
         'folder': 'folder',  # its own words, or those of Python
         'missing.pth': 'No checkpoint at missing.pth.',

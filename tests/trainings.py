@@ -59,8 +59,7 @@ def detector(nuclei, work_dir):
     data.pipeline[2].scale = (96, 96)
     data.pipeline[3].crop_size = (64, 64)
     cfg.train_dataloader.update(
-        batch_size=2,
-        dataset=dict(type='RepeatDataset', times=4, dataset=data),
+        batch_size=2, dataset=dict(type='RepeatDataset', times=4, dataset=data)
     )
     cfg.model.neck.in_channels = ARCH['embed_dims']
     cfg.train_cfg.update(max_epochs=STEPS // 2, val_interval=STEPS // 2)

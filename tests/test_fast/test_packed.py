@@ -99,7 +99,9 @@ def test_packed_weights_never_outlive_their_weights(change, mode):
                 assert_same(found or backbone(IMAGE), expected[seed])
 
 
-def test_copies_pack_for_themselves():
+def test_copies_are_independent_and_pack_for_themselves():
+    plain = small().eval()
+    assert_same(pickle.loads(pickle.dumps(plain))(IMAGE), plain(IMAGE))
     backbone = deployed()
     with torch.no_grad():
         before = backbone(IMAGE)

@@ -53,17 +53,6 @@ def test_patch_sizes():
     assert 'patch_sizes' not in describe(LSKAVAN().state_dict())
 
 
-def test_paths_are_dropped_more_from_block_to_block():
-    backbone = LSKAVAN('t', drop_path_rate=0.2)
-    depths = backbone.arch_settings['depths']
-    rates = [
-        block.drop_path.drop_prob
-        for stage in range(1, 5)
-        for block in getattr(backbone, f'block{stage}')
-    ]
-    assert rates == torch.linspace(0, 0.2, sum(depths)).tolist()
-
-
 def test_layer_norm_in_blocks_is_refused():
     """It would take the width of the maps for their channels."""
     with pytest.raises(ValueError, match='normalizes the last axis, which is the width'):

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS
 from torch import nn
 from torch.nn import functional
 
@@ -109,8 +108,3 @@ def test_another_number_of_channels_is_an_error(grad):
         pytest.raises(RuntimeError, match='to have 8 channels, but got 16 channels'),
     ):
         LSKA(8)(torch.rand(1, 16, 5, 7))
-
-
-def test_registered_in_the_root_registry():
-    gate = MODELS.build(dict(type='LSKA', in_channels=8, kernel_size=11))
-    assert gate(torch.rand(1, 8, 5, 7)).shape == (1, 8, 5, 7)

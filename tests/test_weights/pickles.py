@@ -2,8 +2,12 @@
 
 import argparse
 import collections
+import copy
 import io
 import pickle
+import re
+import struct
+import tarfile
 import uuid
 import zipfile
 from datetime import date, datetime, time, timedelta, timezone
@@ -131,3 +135,44 @@ def legacy(code, keys=('0',), data=b''):
     code = code.replace(b'tQ', b'NtQ')  # a storage is not a view of another
     keys = pickle.dumps(list(keys), 2)
     return head + b'\x80\x02' + code + b'.' + keys + (4).to_bytes(8, 'little') + data
+
+
+def overlapping():
+    """One entry that the directory of the archive lists a thousand times."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as archive:
+        archive.writestr('archive/data.pkl', op(1) + b'.')
+        archive.writestr('archive/data/0', bytes(1000))
+        for i in range(1, 1000):
+            again = copy.copy(archive.filelist[1])
+            again.filename = f'archive/data/{i}'
+            archive.filelist.append(again)
+    return file.getvalue()
+
+
+def script():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), file)
+    return file.getvalue()
+
+
+def two_directories(whole, *changes):
+    """A changed copy of the directory behind the true one: Python reads that, torch this."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        start, count = archive.start_dir, len(archive.filelist)
+    end = whole.index(b'PK\6\6' if b'PK\6\6' in whole else b'PK\5\6', start)
+    directory = bytearray(whole[start:end])
+    for old, new in changes:
+        directory = directory.replace(old, new)
+    for i in (match.start() for match in re.finditer(b'PK\1\2', directory)):
+        directory[i + 10 : i + 12] = bytes(2)  # not compressed
+        directory[i + 24 : i + 28] = directory[i + 20 : i + 24]
+    sizes = struct.pack('<4H2IH', 0, 0, count, count, end - start, start, 0)
+    return whole[:end] + bytes(directory) + b'PK\5\6' + sizes
+
+
+def tar():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode='w') as archive:
+        archive.addfile(tarfile.TarInfo('storages'))
+    return file.getvalue()

@@ -1,26 +1,36 @@
 """Files that are made to harm: refused with a line, and in bounded memory."""
 
-import copy
-import io
 import re
 import resource
 import struct
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mmengine.logging import HistoryBuffer
 
 from conftest import ROOT
 from lska_mm import load_from_local
 from lska_mm.weights.names import CheckpointError
-from pickles import call, legacy, name, op, pack, refused, storage, tensor
+from pickles import (
+    call,
+    legacy,
+    name,
+    op,
+    overlapping,
+    pack,
+    refused,
+    script,
+    storage,
+    tar,
+    tensor,
+    two_directories,
+)  # fmt: skip
 
 UNKNOWN = r'was refused: it holds {}, and loading that could run code.*NO_WEIGHTS_ONLY_LOAD=1'
+REFUSED = 'made.pth'  # whatever the reason
 WEIGHTS = ('data/0', bytes(16))
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 F8 = call('numpy.dtype', op('f8'), op(False), op(True))
@@ -155,47 +165,6 @@ PICKLES = {
 }  # fmt: skip
 
 
-def overlapping():
-    """One entry that the directory of the archive lists a thousand times."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, 'w') as archive:
-        archive.writestr('archive/data.pkl', op(1) + b'.')
-        archive.writestr('archive/data/0', bytes(1000))
-        for i in range(1, 1000):
-            again = copy.copy(archive.filelist[1])
-            again.filename = f'archive/data/{i}'
-            archive.filelist.append(again)
-    return file.getvalue()
-
-
-def script():
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Identity()), file)
-    return file.getvalue()
-
-
-def two_directories(whole, *changes):
-    """A changed copy of the directory behind the true one: Python reads that, torch this."""
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        start, count = archive.start_dir, len(archive.filelist)
-    end = whole.index(b'PK\6\6' if b'PK\6\6' in whole else b'PK\5\6', start)
-    directory = bytearray(whole[start:end])
-    for old, new in changes:
-        directory = directory.replace(old, new)
-    for i in (match.start() for match in re.finditer(b'PK\1\2', directory)):
-        directory[i + 10 : i + 12] = bytes(2)  # not compressed
-        directory[i + 24 : i + 28] = directory[i + 20 : i + 24]
-    sizes = struct.pack('<4H2IH', 0, 0, count, count, end - start, start, 0)
-    return whole[:end] + bytes(directory) + b'PK\5\6' + sizes
-
-
-def tar():
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode='w') as archive:
-        archive.addfile(tarfile.TarInfo('storages'))
-    return file.getvalue()
-
-
 SIXTEEN, MORE = struct.pack('<II', 16, 16), struct.pack('<II', 20, 20)
 FILES = {
     **{
@@ -223,9 +192,31 @@ FILES = {
         'damaged',
     ),
     'older: a tar file': (tar, 'an unknown format'),
+    # Of more than one meaning: torch would read beyond its memory, or run a program.
+    'an entry whose name ends like another': (
+        lambda: pack(tensor(5, (5,)), [WEIGHTS, ('data/x/data/0', bytes(20))]), REFUSED,
+    ),
+    'two entries of one name': (
+        lambda: pack(tensor(5, (5,)), [WEIGHTS, ('data/0', bytes(20))]), REFUSED,
+    ),
+    'names that differ in case': (
+        lambda: pack(tensor(5, (5,), key='A'), [('data/a', bytes(16)), ('data/A', bytes(20))]),
+        REFUSED,
+    ),
+    'two directories': (
+        lambda: two_directories(
+            pack(tensor(5, (5,)), [WEIGHTS, ('x', bytes(20))]), (SIXTEEN, MORE)
+        ),
+        REFUSED,
+    ),
+    'a program in one of two directories': (
+        lambda: two_directories(script(), (b'constants.pkl', b'constants.pkX')), REFUSED,
+    ),
+    'old: a storage that is not listed': (lambda: legacy(tensor(4, (4,)), ''), REFUSED),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings('ignore:Duplicate name')
 @pytest.mark.parametrize('title', FILES)
 def test_made_to_harm(tmp_path, monkeypatch, title):
     monkeypatch.chdir(tmp_path)
@@ -239,33 +230,6 @@ def test_made_to_harm(tmp_path, monkeypatch, title):
     assert list(tmp_path.iterdir()) == [path]
     assert not hasattr(HistoryBuffer, 'harm')
     assert np.dtype('f8').isnative
-
-
-AMBIGUOUS = {
-    'an entry whose name ends like another': lambda: pack(
-        tensor(5, (5,)), [WEIGHTS, ('data/x/data/0', bytes(20))]
-    ),
-    'two entries of one name': lambda: pack(tensor(5, (5,)), [WEIGHTS, ('data/0', bytes(20))]),
-    'names that differ in case': lambda: pack(
-        tensor(5, (5,), key='A'), [('data/a', bytes(16)), ('data/A', bytes(20))]
-    ),
-    'two directories': lambda: two_directories(
-        pack(tensor(5, (5,)), [WEIGHTS, ('x', bytes(20))]), (SIXTEEN, MORE)
-    ),
-    'a program in one of two directories': lambda: two_directories(
-        script(), (b'constants.pkl', b'constants.pkX')
-    ),
-    'old: a storage that is not listed': lambda: legacy(tensor(4, (4,)), ''),
-}
-
-
-@pytest.mark.filterwarnings('ignore:Duplicate name')
-@pytest.mark.parametrize('title', AMBIGUOUS)
-def test_ambiguous_files_are_refused(tmp_path, title):
-    """Without it torch reads beyond its memory, or runs a program of TorchScript."""
-    path = tmp_path / 'made.pth'
-    path.write_bytes(AMBIGUOUS[title]())
-    assert refused(path)
 
 
 def test_a_log_does_not_change_all_logs(tmp_path):

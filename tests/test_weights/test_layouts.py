@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
 from conftest import ROOT, published_state
@@ -93,79 +93,70 @@ def assert_loaded(backbone, name):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(state.values(), expected))
 
 
-@pytest.fixture(params=FILES)
-def layout(request, tmp_path):
-    path = str(tmp_path / 'weights.pth')
-    torch.save(FILES[request.param], path)
-    return request.param, path
-
-
-def detector_config(name, checkpoint=None):
+def detector_config(name, **init_cfg):
     cfg = Config.fromfile(RETINANET)
     cfg.model.backbone.attention = attention_of(name)
-    cfg.model.backbone.init_cfg = checkpoint and dict(type='Pretrained', checkpoint=checkpoint)
+    cfg.model.backbone.init_cfg = init_cfg and dict(type='Pretrained', **init_cfg)
     cfg.visualizer.vis_backends = []
     return cfg
 
 
 def build_detector(cfg):
-    from mmdet.registry import MODELS
-
     init_default_scope('mmdet')
     return MODELS.build(cfg.model)
 
 
-def test_pretrained_into_a_backbone(layout):
-    name, path = layout
-    backbone = LSKAVAN(
-        'tiny', 23, attention_of(name), init_cfg=dict(type='Pretrained', checkpoint=path)
-    )
+def pretrained_backbone(name, path):
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    backbone = LSKAVAN('tiny', 23, attention_of(name), init_cfg=init_cfg)
     backbone.init_weights()
-    assert_loaded(backbone, name)
+    return backbone
 
 
-def test_load_state_dict_into_a_backbone(layout):
-    name, path = layout
-    backbone = LSKAVAN('tiny', 23, attention_of(name))
-    content = torch.load(path)
+def load_state_dict(name, path):
+    backbone, content = LSKAVAN('tiny', 23, attention_of(name)), torch.load(path)
     state = content.get('state_dict', content)
     keys = list(state)
     backbone.load_state_dict(state)
-    assert_loaded(backbone, name)
     assert list(state) == keys
+    return backbone
 
 
-@pytest.mark.parametrize('with_prefix', [False, True])
-def test_pretrained_into_a_detector(layout, with_prefix):
-    """By the prefix that names have in the file, too, as for any backbone."""
-    name, path = layout
-    cfg = detector_config(name, path)
-    if with_prefix:
-        prefix = 'module.' if 'parallel' in name else 'backbone.'
-        cfg.model.backbone.init_cfg.prefix = prefix
-    detector = build_detector(cfg)
+def pretrained_in_a_detector(name, path, **prefix):
+    detector = build_detector(detector_config(name, checkpoint=path, **prefix))
     detector.init_weights()
-    assert_loaded(detector.backbone, name)
+    return detector.backbone
 
 
-def test_load_from_into_a_detector(layout):
-    name, path = layout
+def by_its_prefix(name, path):
+    """That names have in the file, as for any backbone."""
+    prefix = 'module.' if 'parallel' in name else 'backbone.'
+    return pretrained_in_a_detector(name, path, prefix=prefix)
+
+
+def load_from(name, path):
     detector = build_detector(detector_config(name))
     load_checkpoint(detector, path)  # what Runner does with load_from
-    assert_loaded(detector.backbone, name)
+    return detector.backbone
 
 
-def test_init_detector(layout):
+def by_init_detector(name, path):
     from mmdet.apis import init_detector
 
-    name, path = layout
-    detector = init_detector(detector_config(name), path, palette='random', device='cpu')
-    assert_loaded(detector.backbone, name)
+    return init_detector(detector_config(name), path, palette='random', device='cpu').backbone
+
+
+@pytest.mark.parametrize('way', [
+    pretrained_backbone, load_state_dict, pretrained_in_a_detector, by_its_prefix, load_from,
+    by_init_detector,
+])  # fmt: skip
+@pytest.mark.parametrize('name', FILES)
+def test_every_layout_by_every_way_in(name, way, tmp_path):
+    torch.save(FILES[name], tmp_path / 'weights.pth')
+    assert_loaded(way(name, str(tmp_path / 'weights.pth')), name)
 
 
 def test_head_is_kept_for_a_classifier():
-    from mmpretrain.registry import MODELS
-
     init_default_scope('mmpretrain')
     classifier = MODELS.build(
         dict(

@@ -5,12 +5,11 @@ import torch
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-from conftest import ROOT, Bomb, published_state, small
+from conftest import Bomb, published_state, small
 from lska_mm import LSKAVAN, load_from_local
 from lska_mm.weights.names import CheckpointError, convert_state_dict
 from pickles import checkpoint, refused, same, save
 
-RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 PUBLISHED = published_state()
 
 
@@ -82,15 +81,6 @@ def test_folder(tmp_path):
         load_from_local(str(tmp_path))
 
 
-@pytest.mark.parametrize('share', [0, 0.01, 0.5, 0.99])
-def test_truncated_file(published_file, tmp_path, share):
-    whole = published_file.read_bytes()
-    path = tmp_path / 'truncated.pth'
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(CheckpointError, match=r'truncated.pth is damaged'):
-        LSKAVAN(init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights()
-
-
 @pytest.mark.parametrize(
     'content', [b'<!DOCTYPE html>', b'\x80\x02]q\x00.', b'0' * 100, b'PK\3\4' + bytes(100)]
 )
@@ -103,25 +93,11 @@ def test_file_of_something_else(tmp_path, content):
 # --- Code ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('zipped', [True, False])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, zipped, monkeypatch):
-    from mmdet.apis import init_detector
-
-    target = tmp_path / 'ran'
-    content = dict(state_dict=PUBLISHED, args=Bomb(target))
-    path = str(save(content, tmp_path / 'bomb.pth', zipped))
-    for load in (
-        lambda: LSKAVAN(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights(),
-        lambda: load_checkpoint(LSKAVAN(), path),
-        lambda: init_detector(RETINANET, path, device='cpu'),
-    ):
-        with pytest.raises(CheckpointError, match=r'posix.mkdir.*NO_WEIGHTS_ONLY_LOAD=1'):
-            load()
-        assert not target.exists()
-
+def test_torch_can_be_told_to_run_code(tmp_path, monkeypatch):
+    save(dict(state_dict=PUBLISHED, args=Bomb(tmp_path / 'ran')), tmp_path / 'bomb.pth')
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    load_checkpoint(LSKAVAN(), path)
-    assert target.exists()
+    load_checkpoint(LSKAVAN(), str(tmp_path / 'bomb.pth'))
+    assert (tmp_path / 'ran').exists()
 
 
 def test_torch_can_be_told_to_read_weights_only(tmp_path, monkeypatch):

@@ -1,22 +1,11 @@
 """Kernels of another size that are the same function."""
 
-import re
 from itertools import combinations
 
 import pytest
 import torch
 
-from conftest import (
-    GATE,
-    largest_difference,
-    published_state,
-    reference_error,
-    reference_image,
-    small,
-    trained,
-    written_file,
-)
-from lska_mm import LSKAVAN
+from conftest import GATE, largest_difference, published_state, small, trained, written_file
 from lska_mm.models.lska import ATTENTIONS
 from lska_mm.weights.match import describe
 from lska_mm.weights.names import CheckpointError, convert_state_dict
@@ -130,23 +119,6 @@ def test_a_missing_tensor_is_named():
 
 
 # --- The tool ----------------------------------------------------------------------
-
-
-def test_resize_tool(run, published_file, tmp_path):
-    out = tmp_path / 'new/tiny_k53.pth'
-    printed = run('python', CONVERT, published_file, out, '--kernel-size', 53)
-    assert "found LSKAVAN(arch='tiny', attention='LSKA', kernel_size=23, in_channels=3)" in printed
-    assert 'other kernels: the same function' in printed
-    assert 'left out, as it belongs to the old weights: args, epoch' in printed
-    path = written_file(printed)
-    assert re.fullmatch(r'tiny_k53-[0-9a-f]{8}\.pth', path.name)
-    assert list(out.parent.iterdir()) == [path]
-    backbone = LSKAVAN('tiny', 53, out_indices=(0, 1, 2, 3),
-                       init_cfg=dict(type='Pretrained', checkpoint=str(path)))  # fmt: skip
-    backbone.init_weights()
-    with torch.no_grad():
-        assert reference_error(backbone.eval()(reference_image())) <= 1e-5
-    assert 'head.fc.weight' in torch.load(path, weights_only=True)['state_dict']
 
 
 def test_resize_tool_fits_and_keeps_meta(run, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.apis import init_detector
 from mmengine.runner import CheckpointLoader, load_checkpoint
 
 from conftest import ROOT, Bomb, small
@@ -16,15 +17,17 @@ from lska_mm import LSKAVAN, load_from_local
 from lska_mm.weights.convert import convert
 from lska_mm.weights.names import CheckpointError
 
+RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
 SEGMENTOR = ROOT / 'demo/lska-van-tiny_fpn_nuclei.py'
 
 
-@pytest.fixture
-def bomb(tmp_path, monkeypatch):
+@pytest.fixture(params=[True, False], ids=['zip', 'legacy'])
+def bomb(tmp_path, monkeypatch, request):
     """A checkpoint with code in it; after the test nothing may have run."""
     monkeypatch.chdir(tmp_path)
     target, path = tmp_path / 'ran', tmp_path / 'bomb.pth'
-    torch.save(dict(state_dict={}, args=Bomb(target)), path)
+    content = dict(state_dict={}, args=Bomb(target))
+    torch.save(content, path, _use_new_zipfile_serialization=request.param)
     torch.load(path, weights_only=False)
     target.rmdir()  # it works
     yield path
@@ -38,6 +41,8 @@ LOADERS = {
     'load_from_local': load_from_local,
     'convert': lambda path: convert(path, Path('out/new.pth'), lambda state, meta: state),
     'load_from': lambda path: load_checkpoint(LSKAVAN(), path),
+    'init_detector': lambda path: init_detector(RETINANET, path, device='cpu'),
+    'load_model': lambda path: load_model(str(SEGMENTOR), path),
     'Pretrained': lambda path: LSKAVAN(
         init_cfg=dict(type='Pretrained', checkpoint=path)
     ).init_weights(),
