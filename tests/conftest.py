@@ -27,7 +27,10 @@ from reference.build_state import build_image, build_state
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = np.load(ROOT / 'tests/reference/outputs.npz')
-LONG = ('test_docs', 'test_tasks', 'test_setups', 'test_tools', 'test_configs', 'test_kernels')
+LONG = (
+    'test_docs', 'test_tasks', 'test_setups', 'test_mmdeploy', 'test_tools', 'test_configs',
+    'test_kernels',
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import mmcv
-import mmdet
 import pytest
 import torch
 from mmengine.config import Config
@@ -19,7 +18,6 @@ from conftest import ROOT
 
 DEMO = 'demo/mask-rcnn_lska-van-tiny_fpn_nuclei.py'
 RETINANET = 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
-MIM = Path(mmdet.__file__).parent / '.mim/tools'
 
 
 def shrink(nuclei, *more):

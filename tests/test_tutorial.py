@@ -9,15 +9,8 @@ from conftest import ROOT, copy_repository
 
 NOTEBOOK = json.loads((ROOT / 'demo/tutorial.ipynb').read_text())
 CELLS = [cell for cell in NOTEBOOK['cells'] if cell['cell_type'] == 'code']
-# What IPython does with a line that begins with an exclamation mark.
-SHELL = """
-import subprocess
-
-def shell(command):
-    print(command, flush=True)
-    subprocess.run(command, shell=True, check=True)
-"""
-# The same without a shell and without importing torch again: in a fork of this process.
+# What IPython does with a line that begins with an exclamation mark, but in a fork of this
+# process: without importing torch again.
 FORK = """
 import os, runpy, shlex, sys, traceback
 
@@ -41,9 +34,9 @@ def shell(command):
 """
 
 
-def as_script(shell):
+def as_script():
     """The code of the cells as one program, which says where each begins."""
-    parts = [shell]
+    parts = [FORK]
     for i, cell in enumerate(CELLS):
         text = re.sub(
             r'^!((?:.*\\\n)*.*)$',
@@ -74,7 +67,7 @@ def test_outputs_are_cleared():
 
 
 def test_tiny(run, tmp_path):
-    script = as_script(FORK)
+    script = as_script()
     assert script.count('TINY = False') == 1
     check_run(run, tmp_path, script.replace('TINY = False', 'TINY = True'))
 
@@ -82,7 +75,7 @@ def test_tiny(run, tmp_path):
 @pytest.mark.soak
 def test_in_full(run, tmp_path):
     """Ten minutes, after which it finds most nuclei."""
-    printed = check_run(run, tmp_path, as_script(SHELL))
+    printed = check_run(run, tmp_path, as_script())
     scores = re.findall(r'coco/segm_mAP_50: ([\d.]+)', printed)
     assert len(scores) == 5
     assert float(scores[-1]) > 0.8

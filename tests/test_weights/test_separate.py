@@ -5,15 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
-from conftest import GATE, ROOT, SMALL, largest_difference, small, trained, written_file
+from conftest import SMALL, largest_difference, small, trained
 from lska_mm.models.lska import kernel_layout
-from lska_mm.weights.names import CheckpointError
 from lska_mm.weights.resize import separate_kernels
-
-CONVERT = 'tools/model_converters/convert_checkpoint.py'
 
 
 @pytest.mark.parametrize(('attention', 'k'), [('LKA', 23), ('LKA', 35), ('LKA-trivial', 11)])
@@ -55,41 +50,3 @@ def test_separated_kernels_are_the_nearest_products(attention):
         assert share == pytest.approx(kept / total, rel=1e-6)
         assert not state[f'{row}.bias'].any()
         assert torch.equal(state[f'{column}.bias'], source[f'{name}.bias'])
-
-
-def test_separating_twice_is_refused():
-    with pytest.raises(CheckpointError, match=r'1-D already \(attention LSKA, kernel size 11\)'):
-        separate_kernels(small().state_dict())
-
-
-# --- The tool ----------------------------------------------------------------------
-
-
-def test_tool(run, tmp_path):
-    from mmpretrain.registry import MODELS as CLASSIFIERS
-
-    init_default_scope('mmpretrain')
-    torch.manual_seed(0)
-    van = CLASSIFIERS.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='VAN', arch='tiny'),
-            head=dict(type='LinearClsHead', num_classes=1000, in_channels=256),
-        )
-    )
-    torch.save(dict(state_dict=van.state_dict(), meta={}), tmp_path / 'van.pth')
-    printed = run('python', CONVERT, tmp_path / 'van.pth', tmp_path / 'tiny.pth', '--separate')
-    print(printed)
-    assert "found LSKAVAN(arch='tiny', attention='LKA', kernel_size=23, in_channels=3)" in printed
-    assert re.search(rf'{GATE}.conv0: \d\d\.\d% of the energy kept', printed)
-    shares = [float(share) for share in re.findall(r'\.conv\w+: (\S+)% of', printed)]
-    assert len(shares) == 2 * 13
-    assert f'\n{min(shares):.1f}% of the energy kept at least, ' in printed
-
-    cfg = Config.fromfile(ROOT / 'configs/classification/lska-van-tiny_4xb128_in1k.py')
-    cfg.model.backbone.init_cfg = None
-    classifier = CLASSIFIERS.build(cfg.model)
-    path = written_file(printed)
-    classifier.load_state_dict(torch.load(path, weights_only=True)['state_dict'], strict=True)
-    assert torch.equal(classifier.head.fc.weight, van.head.fc.weight)
-    assert torch.equal(classifier.backbone.norm4.bias, van.backbone.norm4.bias)
