@@ -16,10 +16,10 @@ TEST = 'tools/analysis_tools/imagenet_c.py'
 imagenet_c = load_tool(TEST)
 
 
-def test_all_corruptions_of_an_image_of_ones_own(main, tmp_path):
+def test_all_corruptions_of_an_image_of_ones_own(run, tmp_path):
     mmcv.imwrite(mmcv.imread(str(ROOT / 'demo/nuclei/image.png')), str(tmp_path / 'in/a/b.png'))
-    code, printed = main(CORRUPT, tmp_path / 'in', '--out', tmp_path / 'out', '--size', '48x48')
-    assert code == 0
+    out = ('--out', tmp_path / 'out', '--size', '48x48')
+    printed = run('python', CORRUPT, tmp_path / 'in', *out)
     assert printed.count('1 images, 5 severities') == 19
     files = sorted((tmp_path / 'out').glob('*/*/a/b.png'))
     assert len(files) == 19 * 5

@@ -13,27 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-# Configs in tests/setups, some of files that users sent.
-NAMES = (
-    'base',
-    'sub',
-    'meta',
-    'semi',
-    'tif',
-    'new_style',
-    'video',
-    'binary',
-    'npy',
-    'large',
-    'channels',
-    'joined',
-    'no_sampler',
-    'hooks',
-    'one_image',
-    'folds',
-    'simclr',
-    'one_class',
-)
+# Configs, some of files that users sent; one is the base of others.
+SETUPS = Path(__file__).with_name('setups')
+NAMES = sorted({path.stem for path in SETUPS.glob('*.py')} - {'classifier', 'modules'})
 ITERATIONS = ('semi', 'binary', 'one_class')
 ONLY_TRAINED = ('tif', 'npy', 'video', 'simclr')
 
@@ -85,7 +67,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('setups')
     write_images(folder)
     write_annotations(folder)
-    for path in Path(__file__).with_name('setups').glob('*.py'):
+    assert len(NAMES) == 18
+    for path in SETUPS.glob('*.py'):
         shutil.copy(path, folder)
     return folder
 

@@ -161,6 +161,9 @@ OTHER_TASK = 'tensors are missing (first: head.fc.weight)'
 KERNELS = '--kernel-sizes 23 24 --out out'
 DRAW = '--model CONFIG --images FOLDER --out out/new.png'
 DRAW_TRAINED = DRAW.replace('CONFIG', 'CONFIG CHECKPOINT')
+DRAW_GATED = DRAW.replace('CONFIG', 'gated.py --kernel-sizes 7')
+GATES = 'CONFIG CHECKPOINT IMAGE --out out/new.png'
+GATES_OF_RESNET = GATES.replace('CONFIG CHECKPOINT', 'gated.py gated.pth')
 REFUSED = [
     ('test.py', 'CONFIG deployed.pth', NOT_DEPLOYED),
     ('test.py', 'CONFIG segmentor.pth', OTHER_TASK),
@@ -189,27 +192,15 @@ REFUSED = [
     (ERF, DRAW.replace('out/new.png', 'folder'), 'folder does not end in .png'),
     (ERF, f'{DRAW} --size 64', "'64' is not HEIGHTxWIDTH"),
     (ERF, f'{DRAW} --size 48x48', 'The last map of 48 pixels has 2 points'),
-    (
-        ERF,
-        DRAW.replace('CONFIG', 'gated.py --kernel-sizes 7'),
-        'is for LSKAVAN, gated.py has none.',
-    ),
+    (ERF, DRAW_GATED, '--kernel-sizes is for LSKAVAN, gated.py has none.'),
     (ERF, f'{DRAW_TRAINED} --kernel-sizes 7', '--kernel-sizes takes one --model, without a check'),
     (ERF, f'{DRAW_TRAINED} --cfg-options model.backbone.kernel_size=7', 'kernel_size=23'),
     (ERF, f'{DRAW} --device gpu', "argument --device: 'gpu': "),
     (ERF, f'{DRAW} --device cuda:99', "argument --device: 'cuda:99': "),
-    (
-        ATTENTION,
-        'CONFIG CHECKPOINT IMAGE --out out/new.png --device meta',
-        "argument --device: 'meta': ",
-    ),
+    (ATTENTION, f'{GATES} --device meta', "argument --device: 'meta': "),
     (ERF, DRAW.replace('out/new', 'text.txt/new'), 'text.txt is not a folder'),
     (ATTENTION, 'CONFIG other.pth IMAGE --out out/new.png', WRONG_BACKBONE),
-    (
-        ATTENTION,
-        'gated.py gated.pth IMAGE --out out/new.png',
-        'The backbone is ResNet; expected LSKAVAN.',
-    ),
+    (ATTENTION, GATES_OF_RESNET, 'The backbone is ResNet; expected LSKAVAN.'),
     ('test.py', 'NUCLEI segmentor.pth --out out.pkl', '--out of a segmentor must be a folder'),
     (QUANTIZE, 'CONFIG empty out/new.onnx', 'empty is not an ONNX file.'),
     (QUANTIZE, 'CONFIG text.txt out/new.onnx', 'text.txt is not an ONNX file.'),
