@@ -193,6 +193,18 @@ def run(python):
     return _run
 
 
+@pytest.fixture(scope='session')
+def train_demo(run, tmp_path_factory):
+    """Run the demo of a task with a shorter schedule; returns its folder and what it printed."""
+
+    def _train_demo(task, *options):
+        out = tmp_path_factory.mktemp(task)
+        words = ('bash', 'demo/run.sh', '--cfg-options', *options)
+        return out, run(*words, TASK=task, WORK_DIR=str(out))
+
+    return _train_demo
+
+
 @pytest.fixture
 def main(monkeypatch, capsys):
     """Run a script of the repository in this process; its exit code, and its output or error."""

@@ -20,27 +20,19 @@ NUCLEI = 'demo/lska-van-tiny_fpn_nuclei.py'
 
 
 @pytest.fixture(scope='module')
-def classifier(run, tmp_path_factory):
-    """The demo of classification with a shorter schedule."""
-    out = tmp_path_factory.mktemp('classification')
-    printed = run(
-        'bash', 'demo/run.sh', '--cfg-options', 'train_cfg.max_epochs=1',
-        'train_dataloader.batch_size=16', 'param_scheduler.0.start_factor=1',
-        TASK='classification', WORK_DIR=str(out),
+def classifier(train_demo):
+    return train_demo(
+        'classification', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=16',
+        'param_scheduler.0.start_factor=1',
     )  # fmt: skip
-    return out, printed
 
 
 @pytest.fixture(scope='module')
-def segmentor(run, tmp_path_factory):
-    """The demo of segmentation with a shorter schedule."""
-    out = tmp_path_factory.mktemp('segmentation')
-    printed = run(
-        'bash', 'demo/run.sh', '--cfg-options', 'train_cfg.max_iters=20',
-        'train_cfg.val_interval=10', 'default_hooks.checkpoint.interval=20',
-        'param_scheduler.0.end=20', TASK='segmentation', WORK_DIR=str(out),
+def segmentor(train_demo):
+    return train_demo(
+        'segmentation', 'train_cfg.max_iters=20', 'train_cfg.val_interval=10',
+        'default_hooks.checkpoint.interval=20', 'param_scheduler.0.end=20',
     )  # fmt: skip
-    return out, printed
 
 
 def last_checkpoint(demo):

@@ -54,13 +54,10 @@ def coco_options(root):
 # --- The demo, from beginning to end -------------------------------------------
 
 
-@pytest.fixture(scope='session')
-def demo(run, tmp_path_factory):
-    """`demo/run.sh` with a shorter schedule; the folder and what it printed."""
-    out = tmp_path_factory.mktemp('demo')
-    options = ['train_dataloader.dataset.times=32', 'train_cfg.max_epochs=3']
-    printed = run('bash', 'demo/run.sh', '--cfg-options', *options, WORK_DIR=str(out))
-    return out, printed
+@pytest.fixture(scope='module')
+def demo(train_demo):
+    options = ('train_dataloader.dataset.times=32', 'train_cfg.max_epochs=3')
+    return train_demo('detection', *options)
 
 
 def test_demo_ends_with_its_aps_and_pictures(demo):
