@@ -18,7 +18,6 @@ from lska_mm.weights.convert import convert
 from lska_mm.weights.names import CheckpointError
 
 RETINANET = ROOT / 'configs/detection/retinanet_lska-van-tiny_fpn_1x_coco.py'
-SEGMENTOR = ROOT / 'demo/lska-van-tiny_fpn_nuclei.py'
 
 
 @pytest.fixture(params=[True, False], ids=['zip', 'legacy'])
@@ -42,7 +41,6 @@ LOADERS = {
     'convert': lambda path: convert(path, Path('out/new.pth'), lambda state, meta: state),
     'load_from': lambda path: load_checkpoint(LSKAVAN(), path),
     'init_detector': lambda path: init_detector(RETINANET, path, device='cpu'),
-    'load_model': lambda path: load_model(str(SEGMENTOR), path),
     'Pretrained': lambda path: LSKAVAN(
         init_cfg=dict(type='Pretrained', checkpoint=path)
     ).init_weights(),
