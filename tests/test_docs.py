@@ -116,9 +116,9 @@ COMMANDS = {
     },
     'docs/weights.md': {
         CONVERT: ([], 'written to lska-van-tiny-'),
-        f'{RESIZE} lska-van-tiny_k53.pth --kernel-size 53': ([], 'kernels: the same function'),
+        f'{RESIZE} lska-van-tiny_k53.pth --kernel-size 53': ([], 'resized, the same function'),
         f'{RESIZE} lska-van-tiny_k11.pth --kernel-size 11 --nearest': (
-            [], 'other kernels: not the same function',
+            [], 'kernels resized, not the same function',
         ),
         f'{RESIZE} lska-van-tiny_4bands.pth --in-channels 4': ([], 'in_channels=4)'),
         f'{CONVERTER} pretrained/{VAN} van-tiny.pth --separate': ([], 'the energy kept at least'),
@@ -193,8 +193,8 @@ COMMANDS = {
         f'python tools/train.py {SEGMENTATION}': (
             ['--cfg-options', *SEGMENTOR_SHORT], 'Iter(val) [1/1]',
         ),
-        f'python tools/test.py {SEGMENTATION} {SEGMENTOR} --show-dir work_dirs/painted': (
-            [], 'painted images are in work_dirs/painted',
+        f'python tools/test.py {SEGMENTATION} {SEGMENTOR} --show-dir work_dirs/shown': (
+            [], 'images with the predictions are in work_dirs/shown',
         ),
         f'bash tools/dist_train.sh {SEGMENTATION} 2': (
             ['--cfg-options', *SEGMENTOR_SHORT], 'GPU number: 2',

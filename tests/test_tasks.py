@@ -1,5 +1,6 @@
 """Classification and segmentation, end to end and through the stock tools."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -129,25 +130,28 @@ def test_engines_keep_the_metric(classifier, run, tmp_path):
     assert printed.endswith('other.onnx has the outputs stage4, expected logits.\n')
 
 
-def test_every_image_is_painted(segmentor, classifier, run, tmp_path):
+def test_every_image_is_drawn(segmentor, classifier, run, tmp_path):
     """Into the folder itself, where names repeat from class to class, too; in a readable size."""
     for config, demo, count in ((NUCLEI, segmentor, 1), (DIGITS, classifier, 355)):
         folder = tmp_path / demo[0].name
         printed = run('python', 'tools/test.py', config, last_checkpoint(demo), '--work-dir',
                       tmp_path, '--show-dir', folder)  # fmt: skip
-        assert printed.splitlines()[-1] == f'painted images are in {folder}'
+        assert printed.splitlines()[-1] == f'images with the predictions are in {folder}'
         pictures = list(folder.glob('*.png'))
         assert len(pictures) == len(list(folder.iterdir())) == count
         assert min(mmcv.imread(str(pictures[0])).shape[:2]) >= 150
 
 
-def test_images_without_a_path_are_painted(classifier, run, tmp_path):
-    """As those of CIFAR-10, which the data set holds itself."""
+def test_images_without_a_path_are_drawn(classifier, run, tmp_path):
+    """As those of CIFAR-10, which the data set holds itself; with mmpretrain's own arguments."""
+    metrics = tmp_path / 'metrics.json'
     run('python', 'tools/test.py', DIGITS, last_checkpoint(classifier), '--work-dir', tmp_path,
-        '--show-dir', tmp_path / 'shown', '--cfg-options', 'test_dataloader.dataset.indices=3',
+        '--show-dir', tmp_path / 'shown', '--interval', 2, '--out', metrics, '--out-item',
+        'metrics', '--amp', '--cfg-options', 'test_dataloader.dataset.indices=3',
         'test_dataloader.dataset.pipeline.2.meta_keys=[ori_shape]')  # fmt: skip
     names = sorted(path.name for path in (tmp_path / 'shown').iterdir())
-    assert names == ['image_1.png', 'image_2.png', 'image_3.png']
+    assert names == ['image_1.png', 'image_2.png']
+    assert 'accuracy/top1' in json.loads(metrics.read_text())
 
 
 # --- What goes wrong ---------------------------------------------------------------

@@ -131,7 +131,7 @@ def main() -> None:
             drawing['test_out_dir'] = os.path.abspath(args.show_dir)
         cfg.default_hooks.visualization.update(drawing)
     elif draw:
-        cfg.default_hooks.visualization = None
+        cfg.default_hooks.pop('visualization', None)
     runner = build_runner(cfg)
     if draw:
         runner.register_hook(DrawHook(args.show_dir, args.interval))

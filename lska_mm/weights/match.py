@@ -257,10 +257,8 @@ def _explain(found: Mapping, expected: Mapping, offered: Mapping, problem: str) 
     if not differ:
         return f'{kind}, like this backbone, but {problem}.'
     advice = 'Change the backbone in the config, or the checkpoint'
-    if differ <= {'kernel_size', 'in_channels'}:
-        advice = (
-            "Change the backbone in the config, or use init_cfg=dict(type='ResizedPretrained')"
-        )
-    elif differ <= {'kernel_size', 'in_channels', 'attention'} | ({'deploy'} - weights.keys()):
+    if differ <= {'kernel_size', 'attention', 'in_channels'} | ({'deploy'} - weights.keys()):
         advice += ' (with a tool in tools/model_converters)'
+    if differ <= {'kernel_size', 'in_channels'}:
+        advice += ", or use init_cfg=dict(type='ResizedPretrained')"
     return f'{kind}, this backbone is {signature(expected)}: {problem}. {advice}.'

@@ -51,9 +51,7 @@ def test_deployed_state_dict_reloads():
     image = torch.rand(1, 3, 32, 32)
     for out, expected in zip(again(image), backbone(image)):
         assert torch.equal(out, expected)
-    with pytest.raises(
-        CheckpointError, match=r'are of .* deploy=True\), this backbone is .*=3\): '
-    ):
+    with pytest.raises(CheckpointError, match=r'are .* deploy=True\), this backbone is .*=3\): '):
         small().load_state_dict(backbone.state_dict())
     with pytest.raises(CheckpointError, match=r'this backbone is .* deploy=True\): .*with a tool'):
         again.load_state_dict(small().state_dict())

@@ -29,5 +29,5 @@ def test_the_demo_with_four_bands_trains(run, published_file, tmp_path):
         tmp_path / 'work', '--cfg-options', *data, 'train_cfg.max_iters=1',
         'train_cfg.val_interval=1', f'model.backbone.init_cfg.checkpoint={published_file}',
     )  # fmt: skip
-    assert 'image channels 3, now 4' in printed
+    assert 'in_channels=3 to 23, 4: ' in printed
     assert 'mIoU: ' in printed

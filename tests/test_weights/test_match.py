@@ -70,7 +70,7 @@ def test_another_network_is_refused(published_file, kwargs, found, expected):
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     tools = 'or the checkpoint (with a tool in tools/model_converters)'
     assert (tools in str(error.value)) == ('arch' not in kwargs)
-    assert str(error.value).startswith(f'{published_file}: The weights are of')
+    assert str(error.value).startswith(f'{published_file}: The weights are LSKAVAN')
     weights, _, ours = str(error.value).partition('this backbone is')
     assert found in weights
     assert expected in ours

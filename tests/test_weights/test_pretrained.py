@@ -66,16 +66,16 @@ def test_initialiser_says_what_it_did(small_file, monkeypatch, capsys):
     resized_backbone(path)
     resized_backbone(path, kernel_size=11, nearest=True)
     printed = capsys.readouterr().out
-    same = f'{path}: attention kernels of size 23 resized to 53, the same function; '
-    assert f'{same}image channels 3, now 3' in printed
-    assert re.search(r'size 23 resized to 11, not the same function: dense kernels differ by up '
-                     r'to 0\.\d+ of their norm, 0\.\d+ on average', printed)  # fmt: skip
+    resized = f'{path}: resized from kernel_size=23, in_channels=3 to '
+    assert f'{resized}53, 3: the same function' in printed
+    assert re.search(rf'{resized}11, 3: not the same function: dense kernels differ by up to '
+                     r'0\.\d+ of their norm, 0\.\d+ on average', printed)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ('kwargs', 'match'),
     [
-        (dict(kernel_size=11), r'into kernel size 11, .* 2 apart; .*nearest=True'),
+        (dict(kernel_size=11), r'k23.pth: block1.*kernel size 11 has no place.*nearest=True'),
         (dict(arch=dict(SMALL, depths=[1, 1])), r"depths': \[2, 1\].*depths': \[1, 1\].*Nothing"),
         (dict(attention='LKA'), "attention='LSKA'.*attention='LKA'.*Nothing was loaded"),
         (dict(norm_cfg=dict(type='GN', num_groups=2)), 'tensors are unexpected'),

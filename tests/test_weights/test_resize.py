@@ -87,11 +87,11 @@ def test_a_size_a_stage():
 @pytest.mark.parametrize(
     ('attention', 'k', 'other', 'nearest', 'match'),
     [
-        ('LSKA', 11, 23, False, rf'{GATE}: 64 nonzero taps, 2 pixels apart, do not fit into '
-         r'kernel size 23, whose taps are 3 apart; .* nearest=True \(--nearest\)'),
-        ('LKA', 23, 11, False, '3 pixels apart, do not fit into kernel size 11, .* 2 apart'),
-        ('LSKA', 53, 23, False, '160 nonzero taps, .* do not fit into kernel size 23'),
-        ('LKA-trivial', 11, 7, False, '576 nonzero taps, 1 pixels apart'),
+        ('LSKA', 11, 23, False, rf'{GATE}: kernel size 23 has no place for 64 nonzero taps; '
+         r'.* nearest=True \(--nearest\)'),
+        ('LKA', 23, 11, False, 'kernel size 11 has no place'),
+        ('LSKA', 53, 23, False, 'kernel size 23 has no place for 160 nonzero taps'),
+        ('LKA-trivial', 11, 7, False, 'for 576 nonzero taps'),
         ('LKA', 53, 23, True, r'2-D kernels \(attention LKA\) cannot be fitted.*--separate'),
         ('LSKA', 23, 24, False, r'kernel_size=24 cannot be split.*: 23 and 29'),
         ('LSKA', 23, [35, 35, 53], False, 'has 3 values; .* each of the 2 stages'),
@@ -131,7 +131,7 @@ def test_resize_tool_fits_and_keeps_meta(run, tmp_path):
     error = errors[GATE]
     assert f'{GATE}: relative error {error.max():.3g} at most, {error.mean():.3g} on' in printed
     assert 'not the same function: dense kernels differ by up to' in printed
-    assert 'left out, as it belongs to the old weights: optimizer, meta.cfg' in printed
+    assert 'not copied, as it belongs to the old weights: optimizer, meta.cfg' in printed
     content = torch.load(written_file(printed), weights_only=True)
     assert content['meta'] == dict(dataset_meta=dict(classes=('a', 'b')))
     assert describe(content['state_dict'])['kernel_size'] == 23
