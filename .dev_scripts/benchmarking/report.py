@@ -80,8 +80,13 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis, (key, members) in zip(axes.flat, sorted(panels.items(), key=by_arch)):
         for name in dict.fromkeys(row['model'] for row in members):
             points = [(r['kernel_size'], r['milliseconds']) for r in members if r['model'] == name]
-            axis.plot(*zip(*points), marker='o', label=name)
-        axis.set(title='{}, batch {}, {}'.format(*key), xlabel='kernel size', ylabel='ms a batch')
+            if name == 'van':  # has one kernel size
+                mean = statistics.mean(value for _, value in points)
+                axis.axhline(mean, color='gray', linestyle='--', label="mmpretrain's VAN, k = 21")
+            else:
+                axis.plot(*zip(*points), marker='o', label=name)
+        axis.set(title='{}, batch {}, {}'.format(*key))
+        axis.set(xlabel='kernel size', ylabel='ms per batch')
         axis.set_xticks(sorted({row['kernel_size'] for row in members}))
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -84,6 +84,7 @@ def test_under_a_mode(mode, deploy):
 @pytest.mark.parametrize(('owner', 'name'), [
     (nn.functional, 'conv2d'), (nn.functional, 'gelu'), (nn.Conv2d, 'forward'),
     (nn.Conv2d, '_conv_forward'), (nn.GELU, 'forward'), (nn.Module, '__call__'),
+    (nn.Conv2d, '__call__'), (nn.GELU, '__call__'), (nn.Module, '_call_impl'),
     (LSKA, 'forward'), (Attention, 'forward'), (MLP, 'forward'),
 ])  # fmt: skip
 def test_a_patched_class_or_function_is_called(monkeypatch, owner, name):

@@ -164,6 +164,18 @@ def test_what_is_frozen_gets_no_gradient(frozen):
         assert (ours.grad is None) == (theirs.grad is None), name
 
 
+def test_a_backward_pass_under_autocast():
+    """Of a forward pass without: autocast does not change gradients of PyTorch's operators."""
+    found = []
+    for amp in (False, True):
+        backbone, image = trained(), IMAGE.clone().requires_grad_()
+        loss = backbone(image)[1].square().sum()
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            loss.backward()
+        found.append([image.grad, *(p.grad for p in backbone.parameters())])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])  # the second by a hook, say
 def test_convolution_of_gelu_under_autocast(dtype):
     """As on a GPU, where it is computed so; and autocast's weights stay of use for others."""

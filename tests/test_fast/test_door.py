@@ -59,10 +59,14 @@ def in_other_strides(conv):
     conv.weight = nn.Parameter(conv.weight.detach().transpose(0, 1).clone().transpose(0, 1))
 
 
+def with_strided_bias(conv):
+    conv.bias = nn.Parameter(torch.stack([conv.bias.detach(), 0 * conv.bias], 1)[:, 0])
+
+
 CHANGES = (
     hooked, hooked_before, replaced_forward, replaced_conv_forward, pruned, parametrized,
     weight_normed, circular, without_bias, Adapter, of_a_subclass, with_other_weight,
-    changed_by_data, in_other_strides,
+    changed_by_data, in_other_strides, with_strided_bias,
 )  # fmt: skip
 
 
@@ -96,6 +100,13 @@ def with_a_wider_kernel(block):
     conv = block.mlp.dwconv
     conv.weight = nn.Parameter(nn.functional.pad(conv.weight.detach(), [1] * 4, value=0.1))
     conv.kernel_size, conv.padding = (5, 5), (2, 2)
+
+
+def with_a_longer_far_kernel(block):
+    """Whose module still has the size that it was built with."""
+    conv = block.attn.spatial_gating_unit.conv_spatial_h
+    conv.weight = nn.Parameter(nn.functional.pad(conv.weight.detach(), [1, 1], value=0.1))
+    conv.padding = (0, conv.padding[1] + conv.dilation[1])
 
 
 def with_a_longer_gate(block):
@@ -134,8 +145,9 @@ THINGS = {
     change.__name__: change
     for change in (
         dilated, dilated_unevenly, in_groups, with_another_activation, with_approximate_gelu,
-        with_a_wider_kernel, with_a_longer_gate, with_another_gate, with_wrapped_branches,
-        with_hooked_branches, compiled_in_place, with_frozen_weights, with_hooks_of_gradients,
+        with_a_wider_kernel, with_a_longer_far_kernel, with_a_longer_gate, with_another_gate,
+        with_wrapped_branches, with_hooked_branches, compiled_in_place, with_frozen_weights,
+        with_hooks_of_gradients,
     )
 }  # fmt: skip
 THINGS.update(
@@ -160,7 +172,8 @@ CELLS = [
     for deploy in (False, True)
     if not (deploy and thing.startswith(('changed_by_data', 'with_wrapped_branches')))
 ]
-UNCHANGED = ('with_frozen_w', 'with_hooks_of', 'in_other_strides', 'compiled', 'circular')
+UNCHANGED = ('with_frozen_w', 'with_hooks_of', 'in_other_strides', 'compiled', 'circular',
+             'with_strided_bias')  # fmt: skip
 
 
 def outputs(thing, deploy, dtype):

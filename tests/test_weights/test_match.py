@@ -123,6 +123,20 @@ def test_a_part_may_be_loaded_when_it_is_asked_for():
         model.load_state_dict({'head.bias': torch.ones(2)})
 
 
+@pytest.mark.parametrize('name', ['pool.weight', 'block_1.weight'])
+def test_unknown_tensors_are_unexpected(name):
+    """As in PyTorch, in a backbone and in a model; a head, of another part, is not."""
+    backbone = small()
+    state = {**backbone.state_dict(), 'head.weight': torch.ones(2), name: torch.ones(2)}
+    model = nn.ModuleDict(dict(backbone=small(), head=nn.Linear(2, 1)))
+    whole = {**model.state_dict(), f'backbone.{name}': torch.ones(2)}
+    for module, tensors, key in ((backbone, state, name), (model, whole, f'backbone.{name}')):
+        with pytest.raises(RuntimeError, match=rf'Unexpected key\(s\) in state_dict: "{key}"'):
+            module.load_state_dict(tensors)
+        assert module.load_state_dict(tensors, strict=False).unexpected_keys == [key]
+    backbone.load_state_dict({**model.state_dict(), 'neck.weight': torch.ones(2)})
+
+
 def test_a_backbone_under_another_name_is_named(published_file):
     model = nn.ModuleDict(dict(target_net=nn.Sequential(LSKAVAN())))
     with pytest.raises(CheckpointError, match=rf'{published_file}, target_net\.0: .*no LSKA-VAN'):

@@ -210,7 +210,7 @@ def draw(axis: plt.Axes, field: Field, reach: float) -> None:
         square = Rectangle((-side / 2, -side / 2), side, side, fill=False, color=color, lw=1.5)
         square.set(path_effects=outline, label=f'{share:.0%} in {side}')
         axis.add_patch(square)
-    axis.set(xlim=(-reach, reach), ylim=(reach, -reach), facecolor='#b0b0b0')
+    axis.set(xlim=(-reach, reach), ylim=(reach, -reach))
 
 
 def plot(fields: list[Field], path: Path) -> None:
