@@ -112,6 +112,7 @@ def plot(image: Tensor, maps: list[GateMap], title: str, path: Path) -> None:
     rows, columns, side = (1, panels, 2.6) if ratio < 2 else (panels, 1, 9.0 / ratio)
     figsize = ((side * ratio + 0.8) * columns, (side + 0.4) * rows + 0.7)  # inches
     figure, axes = plt.subplots(rows, columns, figsize=figsize, layout='compressed')
+    figure.get_layout_engine().set(wspace=0.06)
     figure.suptitle(textwrap.fill(title, int(12 * figsize[0])), fontsize=10)
     axes[0].imshow(picture, cmap='gray')  # only used for the mean
     axes[0].set_title(f'mean of\n{bands} bands' if bands > 3 else 'image', fontsize=9)
