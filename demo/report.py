@@ -109,7 +109,7 @@ def detection_figure(image_file: str, truth: np.ndarray, masks: np.ndarray):
     known = f'= {found} found (IoU {IOU} or more) + {fates.count("missed")} missed'
     shown = f'= {found} found + {duplicate} duplicate + {wrong} wrong'
     panels = {
-        'image: the held-back columns\n': [],
+        'image: the held-out columns\n': [],
         f'ground truth: {len(truth)} nuclei\n{known}': zip(truth, palette, fates),
         f'prediction: {len(masks)} of score {SCORE} or more\n{shown}': zip(
             masks, palette[owners], kinds
@@ -141,7 +141,7 @@ def segmentation_figure(image_file: str, truth: np.ndarray, found: np.ndarray):
     extra = (found & ~truth, 'red', 'too much')
     wrong = (truth != found).sum()
     panels = {
-        'image: the held-back columns': [],
+        'image: the held-out columns': [],
         'ground truth': [(truth, 'cyan', 'found')],
         'prediction': [(found, 'yellow', 'found')],
         f'{wrong:,} pixels ({wrong / truth.size:.1%}) differ': [missed, extra],
@@ -186,7 +186,7 @@ def draw_classification(config: Config, checkpoint: str):
         axis.imshow(mmcv.imread(str(file), flag='grayscale'), cmap='gray_r')
         name, color = (found, 'k') if found == label else (f'{found}, is {label}', 'red')
         axis.set_title(f'{name}\n{score:.0%}', fontsize=9, color=color)
-    figure.suptitle(f'{len(mistaken)} of {len(files)} held-back digits mistaken (red)')
+    figure.suptitle(f'{len(mistaken)} of {len(files)} held-out digits mistaken (red)')
     return figure
 
 
@@ -217,7 +217,7 @@ def draw_curve(out: Path, scope: str):
     for key, name, _ in METRICS[scope]:
         scores.plot([r['iter'] for r in tested], [r[key] for r in tested], 'o-', label=name)
     best = METRICS[scope][0][2]
-    scores.set(ylim=(-0.03 * best, 1.03 * best), title='on the held-back data')
+    scores.set(ylim=(-0.03 * best, 1.03 * best), title='on the held-out data')
     for axis in axes:
         axis.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))  # beside it
         axis.set_xlabel('iteration')
