@@ -97,6 +97,10 @@ class LSKAVAN(BaseModule):
         for name in ('embed_dims', 'ffn_ratios', 'in_channels', 'patch_sizes'):
             if min(sizes[name]) <= 0:
                 raise ValueError(f'{name}={sizes[name]} must be positive.')
+        if len(patch_sizes) < self.num_stages:
+            raise ValueError(
+                f'patch_sizes={patch_sizes} needs {self.num_stages} values, by stage.'
+            )
         if not -1 <= frozen_stages < self.num_stages:
             raise ValueError(
                 f'frozen_stages={frozen_stages} is out of range; the backbone '

@@ -123,6 +123,7 @@ def test_kernel_size_of_each_stage():
         (dict(attention='SE'), "attention='SE' is unknown"),
         (dict(in_channels=0), r'in_channels=\[0\] must be positive'),
         (dict(patch_sizes=(7, 0)), 'patch_sizes=.7, 0. must be positive'),
+        (dict(patch_sizes=(7,)), r'patch_sizes=\(7,\) needs 2 values'),
         (dict(arch={**SMALL, 'embed_dims': [8, 0]}), 'embed_dims=.* must be positive'),
         (dict(arch={**SMALL, 'ffn_ratios': [-1, 1]}), 'ffn_ratios=.* must be positive'),
     ],
