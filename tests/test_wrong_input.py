@@ -167,6 +167,7 @@ GATES_OF_RESNET = GATES.replace('CONFIG CHECKPOINT', 'gated.py gated.pth')
 REFUSED = [
     ('test.py', 'CONFIG deployed.pth', NOT_DEPLOYED),
     ('test.py', 'CONFIG segmentor.pth', OTHER_TASK),
+    ('test.py', 'CONFIG CHECKPOINT --out-item metrics', '--out-item says what --out dumps'),
     (REPARAMETERIZE, 'deployed.pth out/new.pth', 'is deployed already.'),
     (REPARAMETERIZE, 'gated.pth out/new.pth', 'holds no LSKA-VAN'),
     (REPARAMETERIZE, 'nan.pth out/new.pth', 'tensors hold NaN'),

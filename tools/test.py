@@ -75,8 +75,9 @@ def parse_args():
     parser.add_argument(
         '--out', help='dump predictions: to a .pkl file, or a folder for a segmentor'
     )
-    parser.add_argument('--out-item', choices=['pred', 'metrics'], default='pred',
-                        help='what to dump; metrics for a classifier only')  # fmt: skip
+    parser.add_argument(
+        '--out-item', choices=['pred', 'metrics'], help='what --out dumps, by default pred'
+    )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--show-dir', help='folder for images with the predictions')
     parser.add_argument('--show', action='store_true', help='show these images')
@@ -87,7 +88,10 @@ def parse_args():
         action='store_true',
         help="test-time augmentation with the config's tta_model and tta_pipeline, or flipping",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out_item and not args.out:
+        parser.error('--out-item says what --out dumps: give --out, too')
+    return args
 
 
 def enable_tta(cfg):
@@ -117,7 +121,8 @@ def main() -> None:
         cfg.test_cfg.fp16 = True
     if args.tta:
         enable_tta(cfg)
-    if args.out and scope == 'mmseg':
+    predictions = args.out if args.out_item != 'metrics' else None
+    if predictions and scope == 'mmseg':
         if Path(args.out).suffix in ('.pkl', '.pickle', '.json'):
             raise NotADirectoryError(f'--out of a segmentor must be a folder, not {args.out}.')
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
@@ -136,12 +141,11 @@ def main() -> None:
     if draw:
         runner.register_hook(DrawHook(args.show_dir, args.interval))
     runner.register_hook(CheckWeightsHook())
-    metrics_only = scope == 'mmpretrain' and args.out_item == 'metrics'
-    if args.out and scope in DUMP and not metrics_only:
+    if predictions and scope in DUMP:
         dump = METRICS.build(dict(type=DUMP[scope], out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)
     metrics = runner.test()
-    if args.out and metrics_only:
+    if args.out_item == 'metrics':
         mmengine.dump(metrics, args.out)
     if args.show_dir:
         print(f'images with the predictions are in {args.show_dir}')
